@@ -8,13 +8,14 @@ id: one part goes into the pools, the other is never put there and is what `meas
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import ImageOps
 
 from offline.benchmarks.embedding import encode_examples
 from offline.data.archives import Example, read_labelled_zip
@@ -30,8 +31,10 @@ IMAGENET_BUFFER = {
     "tripod", "binoculars", "half track", "bow", "scabbard", "oxygen mask", "gasmask", "ski mask", "missile",
     "vacuum", "radio telescope", "fountain pen", "ballpoint", "whistle", "file",
 }  # fmt: skip
-SAFE_PER_CALTECH_CLASS = 8
-SAFE_FLICKR = 400
+SAFE_PER_CALTECH_CLASS = 4
+SAFE_FLICKR = 200
+# One gun photograph in four, and every other ImageNet photograph, is kept for measuring.
+GUN_BUCKETS, IMAGENET_BUCKETS = 4, 2
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def read_task(data: Path) -> Iterator[TaskImage]:
     """
     for example in read_labelled_zip(data / "bench/guns_120.zip"):
         image_id = f"guns/{example.id}"
-        yield TaskImage(image_id, PoolLabel.UNSAFE, bucket(image_id, 3) != 0, example)
+        yield TaskImage(image_id, PoolLabel.UNSAFE, bucket(image_id, GUN_BUCKETS) != 0, example)
     per_class: Counter[str] = Counter()
     for example in read_labelled_zip(data / "train/caltech101_128px.zip"):
         pool = _pool_of(example.label, CALTECH_UNSAFE, CALTECH_BUFFER)
@@ -70,7 +73,7 @@ def read_task(data: Path) -> Iterator[TaskImage]:
     for example in read_labelled_zip(data / "bench/imagenet1k_sample_256px.zip"):
         image_id = f"imagenet1k/{example.id}"
         pool = _pool_of(example.label, set(), IMAGENET_BUFFER)
-        yield TaskImage(image_id, pool, pool is PoolLabel.BUFFER or bucket(image_id, 2) != 0, example)
+        yield TaskImage(image_id, pool, pool is PoolLabel.BUFFER or bucket(image_id, IMAGENET_BUCKETS) != 0, example)
     taken = Counter[str]()
     for example in read_labelled_zip(data / "train/flickr8k_128px_train_val.zip"):
         split = example.fields["split"]
@@ -84,6 +87,16 @@ def _pool_of(label: str, unsafe: set[str], buffer: set[str]) -> PoolLabel:
     return PoolLabel.UNSAFE if name in unsafe else PoolLabel.BUFFER if name in buffer else PoolLabel.SAFE
 
 
+def exemplars_of(images: Iterable[TaskImage]) -> Iterator[TaskImage]:
+    """The exemplars among the images; an unsafe one also mirrored, since unsafe photographs are few and guns point."""
+    for image in images:
+        if image.is_exemplar:
+            yield image
+            if image.pool is PoolLabel.UNSAFE:
+                mirrored = replace(image.example, image=ImageOps.mirror(image.example.image))
+                yield replace(image, id=f"{image.id}#mirrored", example=mirrored)
+
+
 def _encode(encoder: Encoder, images: list[TaskImage]) -> np.ndarray[Any, np.dtype[np.float32]]:
     rows, _, _ = encode_examples(encoder, (image.example for image in images))
     return rows.numpy()
@@ -91,20 +104,19 @@ def _encode(encoder: Encoder, images: list[TaskImage]) -> np.ndarray[Any, np.dty
 
 def build(encoder: Encoder, data: Path, out: Path) -> Gallery:
     """Encode the exemplars and write `pools.safetensors` and `exemplars.jsonl` (id, source, class) to `out`."""
-    exemplars = [image for image in read_task(data) if image.is_exemplar]
-    hits = benign_hits()
-    hit_examples = [Example(hit.id, open_image(hit.file), "test hit", {}) for hit in hits]
-    hit_rows, _, _ = encode_examples(encoder, hit_examples)
-    ids = (*(i.id for i in exemplars), *(hit.id for hit in hits))
-    labels = (*(str(i.pool) for i in exemplars), *(str(hit.pool) for hit in hits))
-    gallery = Gallery(ids, labels, np.concatenate([_encode(encoder, exemplars), hit_rows.numpy()]), encoder.fingerprint)
+    exemplars = list(exemplars_of(read_task(data)))
+    for hit in benign_hits():
+        example = Example(hit.id, open_image(hit.file), "test hit", {})
+        exemplars.append(TaskImage(hit.id, hit.pool, True, example))
+    ids = tuple(image.id for image in exemplars)
+    labels = tuple(str(image.pool) for image in exemplars)
+    gallery = Gallery(ids, labels, _encode(encoder, exemplars), encoder.fingerprint)
     out.mkdir(parents=True, exist_ok=True)
     gallery.save(out / "pools.safetensors")
     with (out / "exemplars.jsonl").open("w") as lines:
-        names = [image.example.label for image in exemplars] + ["test hit"] * len(hits)
-        for exemplar_id, name in zip(ids, names, strict=True):
-            source = exemplar_id.split("/")[0]
-            lines.write(json.dumps({"id": exemplar_id, "source": source, "metadata": {"class": name}}) + "\n")
+        for image in exemplars:
+            details = {"source": image.id.split("/")[0], "metadata": {"class": image.example.label}}
+            lines.write(json.dumps({"id": image.id, "label": str(image.pool), **details}) + "\n")
     return gallery
 
 

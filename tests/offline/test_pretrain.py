@@ -1,6 +1,7 @@
 """Pretraining: the target space, the schedule, and a resumed run that is the run itself."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def test_the_schedule_warms_up_and_ends_near_zero() -> None:
     assert rates[9] == rates[10] == 1.0
     assert rates[55] == pytest.approx(0.5)
     assert rates[-1] < 0.001
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
 
 
 def test_unknown_and_missing_keys_of_a_plan_are_named() -> None:
