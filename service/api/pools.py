@@ -1,0 +1,21 @@
+"""GET /pools: what is published, and by which model and rule it is used."""
+
+from fastapi import APIRouter, Request
+
+from service.runtime import request_id_of, runtime_of
+from service.schemas import Collection, Policy, PoolsAnswer, problem_responses
+
+router = APIRouter()
+
+
+@router.get("/pools", summary="What is published?", responses=problem_responses(500, 503))
+async def pools(request: Request) -> PoolsAnswer:
+    """The moderation pools and all galleries, with their versions and the exemplars in them."""
+    runtime = runtime_of(request)
+    snapshots = runtime.published.snapshots
+    return PoolsAnswer(
+        request_id=request_id_of(request),
+        model=runtime.model,
+        policy=Policy.of(runtime.settings.policy),
+        collections=[Collection.of(snapshots[name]) for name in sorted(snapshots)],
+    )

@@ -1,0 +1,118 @@
+"""Engine: what runs in the one worker thread; pixels or prompts in, embeddings and their neighbours out.
+
+Owns the order encode -> finite check -> search. Knows nothing of asyncio, files, verdicts or HTTP.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from indexer.snapshot import Snapshot
+from perception.encoder import Encoder, Precision
+from perception.errors import NonFiniteEmbedding
+from perception.preprocess import to_pixels
+from perception.verdict import Neighbor
+from service.errors import TextUnsupported
+
+
+class ServingEncoder(Encoder, Protocol):
+    """An Encoder that says in which precision it runs, as those of `perception.load_encoder` do."""
+
+    @property
+    def precision(self) -> Precision:
+        """Of weights and activations."""
+
+
+class TextTower(Protocol):
+    """Encodes prompts into the space of the images; see `perception.text.TextEncoder`."""
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """Encode n prompts: (n, d) unit float32."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """What to look for in one snapshot; equal searches share a call.
+
+    Attributes:
+        snapshot: where; the reference is held for the whole request.
+        k: how many neighbours, of each pool where `each_pool`.
+        label: only exemplars of this label.
+        each_pool: the nearest of each pool, which a verdict needs, instead of the nearest of all.
+    """
+
+    snapshot: Snapshot
+    k: int
+    label: str | None = None
+    each_pool: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """One thing to look up: `subject` is pixels (3, h, w) uint8 or a prompt."""
+
+    subject: NDArray[np.uint8] | str
+    search: Search
+
+
+@dataclass(frozen=True, eq=False)
+class Sighting:
+    """One answered query: embedding (d,) unit float32, and neighbours as the search ordered them."""
+
+    embedding: NDArray[np.float32]
+    neighbors: tuple[Neighbor, ...]
+
+
+class Engine:
+    """Answers batches of queries.
+
+    Args:
+        encoder: of the images.
+        text: its text tower, None where it has none.
+    """
+
+    def __init__(self, encoder: ServingEncoder, text: TextTower | None) -> None:
+        self._encoder, self._text = encoder, text
+
+    def answer(self, queries: Sequence[Query]) -> list[Sighting]:
+        """Answer a batch, in order.
+
+        Raises:
+            NonFiniteEmbedding: a query has no embedding to search with; `rows` are positions in the batch.
+            TextUnsupported: a prompt, but no text tower.
+        """
+        embeddings = np.empty((len(queries), self._encoder.dim), np.float32)
+        images = [(row, q.subject) for row, q in enumerate(queries) if not isinstance(q.subject, str)]
+        prompts = [(row, q.subject) for row, q in enumerate(queries) if isinstance(q.subject, str)]
+        with torch.inference_mode():
+            if images:
+                encoded = self._encoder.encode(to_pixels([pixels for _, pixels in images]))
+                embeddings[[row for row, _ in images]] = encoded.cpu().numpy()
+            if prompts:
+                if self._text is None:
+                    raise TextUnsupported(self._encoder.name)
+                encoded = self._text.encode_text([prompt for _, prompt in prompts])
+                embeddings[[row for row, _ in prompts]] = encoded.cpu().numpy()
+        bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
+        if bad.size:
+            raise NonFiniteEmbedding(tuple(int(row) for row in bad))
+        return self._search(queries, embeddings)
+
+    def _search(self, queries: Sequence[Query], embeddings: NDArray[np.float32]) -> list[Sighting]:
+        """One call for all queries that ask the same of the same snapshot."""
+        rows_of: dict[Search, list[int]] = {}
+        for row, query in enumerate(queries):
+            rows_of.setdefault(query.search, []).append(row)
+        found: dict[int, tuple[Neighbor, ...]] = {}
+        for search, rows in rows_of.items():
+            if search.each_pool:
+                hits = search.snapshot.search_each(embeddings[rows], search.k)
+            else:
+                hits = search.snapshot.search(embeddings[rows], search.k, label=search.label)
+            found.update(zip(rows, map(tuple, hits), strict=True))
+        return [Sighting(embeddings[row].copy(), found[row]) for row in range(len(queries))]

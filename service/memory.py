@@ -1,0 +1,30 @@
+"""Memory: what large requests have freed goes back to the system.
+
+glibc keeps freed blocks of up to 32 MiB for reuse; after a burst of large bodies that is hundreds of MiB that nobody
+uses. Fixed thresholds would prevent it, but also make every large tensor of the encoder a system call.
+"""
+
+import asyncio
+import ctypes
+from collections.abc import Callable
+
+_QUIET_S = 1.0
+
+
+def trimmer() -> Callable[[], object] | None:
+    """Glibc's `malloc_trim`, where the C library has it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return None if trim is None else lambda: trim(0)
+
+
+async def trim_when_idle(idle_since_work: Callable[[], bool]) -> None:
+    """Trim whenever work has been done and none is in progress; until cancelled.
+
+    Args:
+        idle_since_work: whether there is nothing to do now and something was done since it last said so.
+    """
+    trim = trimmer()
+    while trim is not None:
+        await asyncio.sleep(_QUIET_S)
+        if idle_since_work():
+            await asyncio.to_thread(trim)

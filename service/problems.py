@@ -1,0 +1,138 @@
+"""Problems: the one table from exceptions to RFC 9457 problem details.
+
+Every leaf of the three exception trees has its row here; a test walks the trees. A row names the members that may be
+shown: what is not named stays in the log.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from indexer import errors as indexer
+from perception import errors as perception
+from service import errors as service
+
+TYPE_PREFIX = "urn:hardlook:problem:"
+MEDIA_TYPE = "application/problem+json"
+RETRY_AFTER_S = 1
+
+
+@dataclass(frozen=True)
+class ProblemKind:
+    """What all problems of one type share.
+
+    Attributes:
+        status: HTTP status.
+        slug: last part of the problem's type.
+        title: the same for every occurrence.
+        members: attributes of the exception that the problem carries.
+        shows_detail: whether the exception's message may be shown to a caller.
+    """
+
+    status: int
+    slug: str
+    title: str
+    members: tuple[str, ...] = ()
+    shows_detail: bool = True
+
+
+_INTERNAL = ProblemKind(500, "internal", "The service has a bug", shows_detail=False)
+# Errors of building, publishing and starting: a request that meets one has met a bug.
+_NOT_OF_REQUESTS: tuple[type[Exception], ...] = (
+    perception.UnknownEncoder,
+    perception.CheckpointError,
+    perception.HubUnreachable,
+    perception.GalleryError,
+    perception.FingerprintMismatch,
+    indexer.InvalidLabel,
+    indexer.DuplicateId,
+    indexer.ContentsError,
+    indexer.SnapshotError,
+    indexer.UnknownVersion,
+    indexer.UnknownExemplar,
+    indexer.SourceError,
+    indexer.ManifestError,
+    indexer.BuildError,
+    service.SettingsError,
+    service.DecoderUnavailable,
+)
+_TOO_MANY_PIXELS = ProblemKind(422, "too-many-pixels", "The image has too many pixels", ("quantity", "limit", "actual"))
+KINDS: Mapping[type[Exception], ProblemKind] = {
+    **dict.fromkeys(_NOT_OF_REQUESTS, _INTERNAL),
+    perception.UnsupportedFormat: ProblemKind(
+        415, "unsupported-format", "The image format is not accepted", ("found", "accepted")
+    ),
+    perception.CorruptImage: ProblemKind(422, "corrupt-image", "The image cannot be decoded", ("reason",)),
+    perception.ImageTooLarge: ProblemKind(
+        413, "image-too-large", "The image file has too many bytes", ("quantity", "limit", "actual")
+    ),
+    perception.NonFiniteEmbedding: ProblemKind(
+        422, "no-embedding", "The encoder finds nothing in the image to compare", shows_detail=False
+    ),
+    indexer.UnknownCollection: ProblemKind(
+        404, "unknown-gallery", "There is no published gallery of that name", ("name", "known")
+    ),
+    indexer.InvalidName: ProblemKind(404, "unknown-gallery", "There is no published gallery of that name", ("name",)),
+    service.MalformedBody: ProblemKind(400, "malformed-body", "The request body is malformed", ("reason",)),
+    service.InvalidParameter: ProblemKind(
+        400, "invalid-parameter", "A parameter is unknown or out of range", ("name", "reason")
+    ),
+    service.UnsupportedBody: ProblemKind(
+        415, "unsupported-body", "The content type of the body is not accepted", ("found", "accepted")
+    ),
+    service.BodyTooLarge: ProblemKind(413, "body-too-large", "The request body is too large", ("limit", "actual")),
+    service.TooManyImages: ProblemKind(413, "too-many-images", "The request has too many images", ("limit",)),
+    service.BodyTimeout: ProblemKind(408, "body-timeout", "The request body did not arrive in time", ("limit_s",)),
+    service.TextUnsupported: ProblemKind(422, "text-unsupported", "The encoder cannot search by text", ("encoder",)),
+    service.DecodeLimitExceeded: ProblemKind(
+        422, "decode-limit", "Decoding the image takes too much time or memory", ("quantity", "limit")
+    ),
+    service.DecoderCrashed: ProblemKind(422, "decoder-crashed", "Decoding the image ended the decoder"),
+    service.NotReady: ProblemKind(503, "not-ready", "The service is not ready", ("reason",)),
+    service.Overloaded: ProblemKind(503, "overloaded", "The service is at its capacity", ("queue", "limit")),
+    service.DeadlineExceeded: ProblemKind(504, "deadline-exceeded", "The answer took too long", ("limit_s",)),
+}
+# What the web framework answers by itself: unknown routes and methods, and the few others it can raise.
+_HTTP_SLUGS = {400: "malformed-request", 404: "not-found", 405: "method-not-allowed", 408: "body-timeout"}
+
+
+def kind_of(error: Exception) -> ProblemKind:
+    """The row of an exception; bugs and what is not in the table are internal."""
+    if isinstance(error, perception.ImageTooLarge) and error.quantity != "bytes":
+        return _TOO_MANY_PIXELS
+    return next((KINDS[cls] for cls in type(error).__mro__ if cls in KINDS), _INTERNAL)
+
+
+def problem(error: Exception, request_id: str) -> dict[str, Any]:
+    """The problem details of an exception, ready for JSON."""
+    kind = kind_of(error)
+    members = {name: _plain(getattr(error, name)) for name in kind.members}
+    detail = str(error) if kind.shows_detail else f"{kind.title}; the log has more under this request id"
+    return {**members, **_standard(kind.slug, kind.title, kind.status, detail, request_id)}
+
+
+def http_problem(status: int, detail: str, request_id: str) -> dict[str, Any]:
+    """The problem details of an error that the web framework raised."""
+    title = HTTPStatus(status).phrase
+    return _standard(_HTTP_SLUGS.get(status, "http-error"), title, status, detail, request_id)
+
+
+def extra_headers(status: int) -> dict[str, str]:
+    """Headers that go with a status."""
+    return {"Retry-After": str(RETRY_AFTER_S)} if status == HTTPStatus.SERVICE_UNAVAILABLE else {}
+
+
+def _standard(slug: str, title: str, status: int, detail: str, request_id: str) -> dict[str, Any]:
+    return {
+        "type": TYPE_PREFIX + slug,
+        "title": title,
+        "status": status,
+        "detail": detail,
+        "instance": f"urn:hardlook:request:{request_id}",
+        "request_id": request_id,
+    }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,115 @@
+"""Settings: everything that can be set, read once from HARDLOOK_* environment variables."""
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from perception.image import ImageLimits
+from perception.verdict import DecisionPolicy
+from service.errors import SettingsError
+
+PREFIX = "HARDLOOK_"
+# Variables of offline jobs, which may be set in the same shell.
+_FOREIGN = ("HARDLOOK_DATA",)
+MAX_K = 1000
+_MIB = 1024 * 1024
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Settings(BaseSettings):
+    """How the service runs. The variable of a field is HARDLOOK_ and its name in capitals."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    encoder: str = Field(
+        "hf-hub:chs20/FARE4-convnext_base_w-laion2B-s13B-b82K-augreg",
+        description="Encoder to load; pools must have been built with the same one.",
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="Of weights and activations.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="'auto' takes a GPU where there is one.")
+    pools: Path = Field(Path("pools"), description="Folder of published collections.")
+    pools_reload_s: Seconds = Field(2.0, description="How often to look for newly published versions.")
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe line to log.")
+
+    policy_rule: Literal["nearest", "vote"] = Field("nearest", description="How neighbours become a verdict.")
+    policy_k: int = Field(5, description="Voters of the rule 'vote'.")
+    policy_min_similarity: float = Field(-1.0, description="Less similar than this to everything: review.")
+    policy_min_margin: float = Field(0.0, description="Safe by less than this: review.")
+
+    max_image_bytes: int = Field(20 * _MIB, ge=1, description="Of one encoded image file.")
+    max_body_bytes: int = Field(32 * _MIB, ge=1, description="Of one request body, base64 and multipart included.")
+    max_pixels: int = Field(50_000_000, ge=1, description="Width x height of one image.")
+    max_frames: int = Field(8, ge=1, le=64, description="Frames that are examined of an animation.")
+    max_images_per_request: int = Field(16, ge=1, description="Images in one request.")
+    max_neighbors: int = Field(100, ge=1, le=MAX_K, description="The most neighbours that may be asked for.")
+
+    max_batch: int = Field(16, ge=1, description="Frames that the encoder sees at a time.")
+    max_queue: int = Field(256, ge=1, description="Frames that wait for the encoder; more are refused with 503.")
+    max_requests: int = Field(128, ge=1, description="Requests in progress; more are refused with 503.")
+    deadline_s: Seconds = Field(30.0, description="For one answer, and for one body to arrive.")
+
+    decode_workers: int = Field(
+        default_factory=lambda: min(4, os.cpu_count() or 1), ge=1, description="Decoding processes; by default 1 to 4."
+    )
+    decode_timeout_s: Seconds = Field(4.0, description="For decoding one image.")
+    decode_memory_bytes: int = Field(1536 * _MIB, ge=64 * _MIB, description="For decoding one image.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        try:
+            _ = self.policy
+        except ValueError as error:  # names its parameter without our prefix
+            raise ValueError(f"{variable('policy_*')}: {error}") from error
+        if self.max_queue < max(self.max_batch, 2 * self.max_frames):
+            raise ValueError(
+                f"MAX_QUEUE {self.max_queue} must hold one batch (MAX_BATCH {self.max_batch}) and one animation on two "
+                f"backgrounds (2 x MAX_FRAMES {self.max_frames})"
+            )
+        return self
+
+    @property
+    def policy(self) -> DecisionPolicy:
+        """The decision rule and its parameters."""
+        return DecisionPolicy(self.policy_rule, self.policy_k, self.policy_min_similarity, self.policy_min_margin)
+
+    @property
+    def image_limits(self) -> ImageLimits:
+        """What one image may cost."""
+        return ImageLimits(max_bytes=self.max_image_bytes, max_pixels=self.max_pixels, max_frames=self.max_frames)
+
+
+def variable(field: str) -> str:
+    """The environment variable of a field."""
+    return PREFIX + field.upper()
+
+
+def read_settings(environment: Mapping[str, str]) -> Settings:
+    """Read the settings from the environment of this process.
+
+    Args:
+        environment: `os.environ`; names are taken from it, values by pydantic-settings from the same place.
+
+    Raises:
+        SettingsError: an unknown HARDLOOK_ variable, which pydantic-settings would ignore, or a value that does not
+            fit; names the variable.
+    """
+    known = {variable(field) for field in Settings.model_fields}
+    for name in environment:
+        if name.upper().startswith(PREFIX) and name.upper() not in known and name.upper() not in _FOREIGN:
+            nearest = difflib.get_close_matches(name.upper(), sorted(known), n=1, cutoff=0.0)
+            raise SettingsError(f"unknown setting {name}; the nearest known one is {nearest[0]}")
+    try:
+        return Settings()
+    except ValidationError as error:
+        reasons = [
+            f"{variable(str(e['loc'][0])) + ': ' if e['loc'] else ''}{e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors(include_url=False)
+        ]
+        raise SettingsError("; ".join(reasons)) from error

@@ -1,0 +1,140 @@
+"""Settings: a wrong variable or value is one clear error, and never a silent default."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from perception.verdict import DecisionPolicy
+from service.errors import SettingsError
+from service.settings import Settings, read_settings, variable
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.upper().startswith("HARDLOOK_"):
+            monkeypatch.delenv(name)
+
+
+def test_defaults_are_the_production_model_and_the_paper_s_rule() -> None:
+    settings = read_settings(os.environ)
+    assert settings.encoder == "hf-hub:chs20/FARE4-convnext_base_w-laion2B-s13B-b82K-augreg"
+    assert settings.policy == DecisionPolicy()
+    assert settings.host == "127.0.0.1"
+    assert 1 <= settings.decode_workers <= 4
+
+
+def test_every_field_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {
+        "encoder": "bundled/clean",
+        "precision": "bf16",
+        "device": "cpu",
+        "pools": "elsewhere",
+        "pools_reload_s": "1.5",
+        "host": "0.0.0.0",
+        "port": "0",
+        "log_level": "WARNING",
+        "policy_rule": "vote",
+        "policy_k": "7",
+        "policy_min_similarity": "0.1",
+        "policy_min_margin": "0.2",
+        "max_image_bytes": "11",
+        "max_body_bytes": "12",
+        "max_pixels": "13",
+        "max_frames": "14",
+        "max_images_per_request": "15",
+        "max_neighbors": "16",
+        "max_batch": "17",
+        "max_queue": "180",
+        "max_requests": "19",
+        "deadline_s": "20.5",
+        "decode_workers": "21",
+        "decode_timeout_s": "22.5",
+        "decode_memory_bytes": "123456789",
+    }
+    assert values.keys() == Settings.model_fields.keys()
+    for field, value in values.items():
+        monkeypatch.setenv(variable(field), value)
+    settings = read_settings(os.environ)
+    for field, value in values.items():
+        assert str(getattr(settings, field)) == value, field
+    assert settings.policy == DecisionPolicy("vote", 7, 0.1, 0.2)
+    assert (settings.image_limits.max_bytes, settings.image_limits.max_pixels, settings.image_limits.max_frames) == (
+        11,
+        13,
+        14,
+    )
+    assert settings.pools == Path("elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("typo", "nearest"),
+    [
+        ("HARDLOOK_ENCODR", "HARDLOOK_ENCODER"),
+        ("HARDLOOK_MAXPIXELS", "HARDLOOK_MAX_PIXELS"),
+        ("hardlook_pool", "HARDLOOK_POOLS"),
+        ("HARDLOOK_DATA_", "HARDLOOK_"),
+        ("HARDLOOK_", "HARDLOOK_"),
+    ],
+)
+def test_an_unknown_variable_is_refused_and_the_nearest_named(
+    monkeypatch: pytest.MonkeyPatch, typo: str, nearest: str
+) -> None:
+    monkeypatch.setenv(typo, "x")
+    with pytest.raises(SettingsError, match=f"unknown setting {typo}; the nearest known one is {nearest}"):
+        read_settings(os.environ)
+
+
+def test_variables_of_offline_jobs_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HARDLOOK_DATA", "somewhere")
+    read_settings(os.environ)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HARDLOOK_PORT", "x"),
+        ("HARDLOOK_PORT", ""),
+        ("HARDLOOK_PORT", "65536"),
+        ("HARDLOOK_PRECISION", "fp16"),
+        ("HARDLOOK_DEVICE", "tpu"),
+        ("HARDLOOK_DEADLINE_S", "0"),
+        ("HARDLOOK_DEADLINE_S", "nan"),
+        ("HARDLOOK_DECODE_TIMEOUT_S", "inf"),
+        ("HARDLOOK_DECODE_MEMORY_BYTES", "1000"),
+        ("HARDLOOK_MAX_FRAMES", "0"),
+        ("HARDLOOK_MAX_NEIGHBORS", "1001"),
+        ("HARDLOOK_DECODE_WORKERS", "0"),
+        ("HARDLOOK_LOG_LEVEL", "verbose"),
+    ],
+)
+def test_a_value_that_does_not_fit_names_its_variable(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=f"^{name}: "):
+        read_settings(os.environ)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("HARDLOOK_POLICY_RULE", "guess", "HARDLOOK_POLICY_RULE"),
+        ("HARDLOOK_POLICY_K", "0", "k must be at least 1"),
+        ("HARDLOOK_POLICY_MIN_SIMILARITY", "1.5", "min_similarity"),
+        ("HARDLOOK_POLICY_MIN_MARGIN", "-1", "min_margin"),
+        ("HARDLOOK_POLICY_MIN_MARGIN", "nan", "min_margin"),
+        ("HARDLOOK_MAX_QUEUE", "8", "MAX_QUEUE"),
+        ("HARDLOOK_MAX_FRAMES", "60", "MAX_QUEUE"),
+    ],
+)
+def test_values_that_do_not_fit_together(monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str) -> None:
+    monkeypatch.setenv(name, value)
+    if name == "HARDLOOK_MAX_FRAMES":
+        monkeypatch.setenv("HARDLOOK_MAX_QUEUE", "100")
+    with pytest.raises(SettingsError, match=said):
+        read_settings(os.environ)
+
+
+def test_settings_do_not_change() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Settings().port = 1  # type: ignore[misc]
