@@ -31,10 +31,14 @@ IMAGENET_BUFFER = {
     "tripod", "binoculars", "half track", "bow", "scabbard", "oxygen mask", "gasmask", "ski mask", "missile",
     "vacuum", "radio telescope", "fountain pen", "ballpoint", "whistle", "file",
 }  # fmt: skip
-SAFE_PER_CALTECH_CLASS = 4
-SAFE_FLICKR = 200
-# One gun photograph in four, and every other ImageNet photograph, is kept for measuring.
-GUN_BUCKETS, IMAGENET_BUCKETS = 4, 2
+# Sizes at which leaving one image out finds about as many unsafe as safe images (0.91 and 0.89): a larger safe pool
+# lets more through, a smaller one refuses more.
+PER_CALTECH_CLASS = {PoolLabel.SAFE: 3, PoolLabel.BUFFER: 8}
+SAFE_FLICKR = 300
+# One gun photograph in five is kept for measuring, and three ImageNet photographs in four.
+GUN_BUCKETS, IMAGENET_BUCKETS = 5, 4
+# Views of an unsafe exemplar, by the suffix of its id: unsafe photographs are few, guns point, and are worn and held.
+CROP = 0.8
 
 
 @dataclass(frozen=True)
@@ -65,15 +69,15 @@ def read_task(data: Path) -> Iterator[TaskImage]:
     for example in read_labelled_zip(data / "train/caltech101_128px.zip"):
         pool = _pool_of(example.label, CALTECH_UNSAFE, CALTECH_BUFFER)
         is_exemplar = example.fields["suggested_split"] == "train"
-        if is_exemplar and pool is PoolLabel.SAFE:
+        if is_exemplar and pool in PER_CALTECH_CLASS:
             per_class[example.label] += 1
-            if per_class[example.label] > SAFE_PER_CALTECH_CLASS:
+            if per_class[example.label] > PER_CALTECH_CLASS[pool]:
                 continue
         yield TaskImage(f"caltech101/{example.id}", pool, is_exemplar, example)
     for example in read_labelled_zip(data / "bench/imagenet1k_sample_256px.zip"):
         image_id = f"imagenet1k/{example.id}"
         pool = _pool_of(example.label, set(), IMAGENET_BUFFER)
-        yield TaskImage(image_id, pool, pool is PoolLabel.BUFFER or bucket(image_id, IMAGENET_BUCKETS) != 0, example)
+        yield TaskImage(image_id, pool, pool is PoolLabel.BUFFER or bucket(image_id, IMAGENET_BUCKETS) == 0, example)
     taken = Counter[str]()
     for example in read_labelled_zip(data / "train/flickr8k_128px_train_val.zip"):
         split = example.fields["split"]
@@ -88,13 +92,22 @@ def _pool_of(label: str, unsafe: set[str], buffer: set[str]) -> PoolLabel:
 
 
 def exemplars_of(images: Iterable[TaskImage]) -> Iterator[TaskImage]:
-    """The exemplars among the images; an unsafe one also mirrored, since unsafe photographs are few and guns point."""
+    """The exemplars among the images; an unsafe one in four views: as it is, cropped, and both mirrored."""
     for image in images:
-        if image.is_exemplar:
-            yield image
-            if image.pool is PoolLabel.UNSAFE:
-                mirrored = replace(image.example, image=ImageOps.mirror(image.example.image))
-                yield replace(image, id=f"{image.id}#mirrored", example=mirrored)
+        if not image.is_exemplar:
+            continue
+        yield image
+        if image.pool is PoolLabel.UNSAFE:
+            whole = image.example.image
+            margin_x, margin_y = (round(side * (1 - CROP) / 2) for side in whole.size)
+            cropped = whole.crop((margin_x, margin_y, whole.width - margin_x, whole.height - margin_y))
+            views = {
+                "mirrored": ImageOps.mirror(whole),
+                "cropped": cropped,
+                "cropped-mirrored": ImageOps.mirror(cropped),
+            }
+            for name, view in views.items():
+                yield replace(image, id=f"{image.id}#{name}", example=replace(image.example, image=view))
 
 
 def _encode(encoder: Encoder, images: list[TaskImage]) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -141,6 +154,17 @@ def decide(gallery: Gallery, queries: np.ndarray[Any, np.dtype[np.float32]], pol
     return winners
 
 
+def leave_one_out(gallery: Gallery) -> float:
+    """Percentage of unsafe images that 1-NN still finds unsafe when all their own views are taken out of the pools."""
+    images = np.array([exemplar_id.split("#")[0] for exemplar_id in gallery.ids])
+    labels = np.array(gallery.labels)
+    rows = [i for i, e in enumerate(gallery.ids) if labels[i] == PoolLabel.UNSAFE and "#" not in e]
+    rows = [i for i in rows if not gallery.ids[i].startswith("benign_hits/")]
+    similarities = gallery.embeddings[rows] @ gallery.embeddings.T
+    similarities[images[rows][:, None] == images[None, :]] = -2.0
+    return round(100 * float(np.mean(labels[similarities.argmax(1)] == PoolLabel.UNSAFE)), 1)
+
+
 @torch.inference_mode()
 def measure(encoder: Encoder, gallery: Gallery, data: Path) -> dict[str, Any]:
     """Shares of safe / buffer / unsafe answers by 1-NN, for safe and unsafe queries that are not in the pools.
@@ -154,7 +178,7 @@ def measure(encoder: Encoder, gallery: Gallery, data: Path) -> dict[str, Any]:
     if overlap:
         raise ValueError(f"{len(overlap)} queries are exemplars of the pools, e.g. {min(overlap)}")
     winners = decide(gallery, _encode(encoder, held_out), DecisionPolicy())
-    figures: dict[str, Any] = {}
+    figures: dict[str, Any] = {"unsafe exemplars, each without its own views: unsafe %": leave_one_out(gallery)}
     groups: dict[str, Callable[[TaskImage], bool]] = {
         "query_safe": lambda i: i.pool is PoolLabel.SAFE,
         "query_unsafe": lambda i: i.pool is PoolLabel.UNSAFE,

@@ -114,7 +114,7 @@ def encode_sources(network: nn.Module, sources: dict[str, Source], size_px: int,
         for start in range(0, len(source.images), 64):
             rows.append(network(to_signed(source.images[start : start + 64], size_px)).half())
         encoded[name] = torch.cat(rows)
-        print(f"{path.stem}: {len(rows[0]) and len(encoded[name])} {name} in {time.time() - began:.0f} s", flush=True)
+        print(f"{path.stem}: {len(encoded[name])} {name} in {time.time() - began:.0f} s", flush=True)
     partial = path.with_suffix(".partial")
     save_file(encoded, partial)
     partial.rename(path)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from offline import demo_pools
 from offline.data.archives import Example
-from offline.demo_pools import TaskImage, bucket, build, decide, exemplars_of, measure
+from offline.demo_pools import TaskImage, bucket, build, decide, exemplars_of, leave_one_out, measure
 from perception.errors import FingerprintMismatch
 from perception.gallery import Gallery
 from perception.testing import ToyEncoder, benign_hits, synthetic_image
@@ -45,12 +45,24 @@ def test_buckets_are_stable_and_even() -> None:
     assert bucket("guns/263.jpeg", 4) == bucket("guns/263.jpeg", 4)
 
 
-def test_unsafe_exemplars_come_mirrored_too() -> None:
+def test_unsafe_exemplars_come_in_four_views() -> None:
     unsafe, safe = task_image(1, PoolLabel.UNSAFE, True, "guns"), task_image(2, PoolLabel.SAFE, True, "x")
     found = list(exemplars_of([unsafe, safe, task_image(3, PoolLabel.UNSAFE, False, "guns")]))
-    assert [i.id for i in found] == ["guns/1.png", "guns/1.png#mirrored", "x/2.png"]
-    original, mirrored = (np.asarray(i.example.image) for i in found[:2])
+    views = ["", "#mirrored", "#cropped", "#cropped-mirrored"]
+    assert [i.id for i in found] == [*(f"guns/1.png{view}" for view in views), "x/2.png"]
+    original, mirrored, cropped, both = (np.asarray(i.example.image) for i in found[:4])
     assert np.array_equal(original[:, ::-1], mirrored)
+    assert np.array_equal(original[4:-4, 5:-5], cropped)
+    assert np.array_equal(cropped[:, ::-1], both)
+
+
+def test_leaving_an_image_out_takes_all_its_views_out() -> None:
+    ids = ("guns/a", "guns/a#mirrored", "guns/b", "guns/c", "safe/x", "benign_hits/unsafe-1.png")
+    angles = np.radians([0, 1, 40, 90, 85, 180])
+    rows = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+    gallery = Gallery(ids, ("unsafe",) * 4 + ("safe", "unsafe"), rows, "f")
+    # a's nearest other image is b, b's is a#mirrored, c's is the safe x; the benign hit is no photograph.
+    assert leave_one_out(gallery) == pytest.approx(66.7)
 
 
 def test_build_and_measure_agree_with_brute_force(small_task: list[TaskImage], tmp_path: Path) -> None:
