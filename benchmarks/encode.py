@@ -2,8 +2,8 @@
 
     python benchmarks/encode.py --encoder bundled/clean --json encode.json
 
-Prints, from one run, ours / bare as a ratio of milliseconds an image: `encode` (normalisation, network, unit norm, finiteness
-check) and `files to embeddings` (decoding and resizing included) against the network alone on ready tensors.
+Prints, from one run, ours / bare as a ratio of milliseconds an image: `encode` (normalisation, network, unit norm,
+finiteness check) and `files` (decoding and resizing included) against the network alone on ready tensors.
 """
 
 import argparse

@@ -31,12 +31,12 @@ IMAGENET_BUFFER = {
     "tripod", "binoculars", "half track", "bow", "scabbard", "oxygen mask", "gasmask", "ski mask", "missile",
     "vacuum", "radio telescope", "fountain pen", "ballpoint", "whistle", "file",
 }  # fmt: skip
-# Sizes at which leaving one image out finds about as many unsafe as safe images (0.91 and 0.89): a larger safe pool
-# lets more through, a smaller one refuses more.
-PER_CALTECH_CLASS = {PoolLabel.SAFE: 3, PoolLabel.BUFFER: 8}
+# The sizes trade one error for the other: a larger safe pool lets more through, a smaller one refuses more. They were
+# chosen by leaving one image out over all unsafe photographs, the ones kept for measuring included.
+PER_CALTECH_CLASS = {PoolLabel.SAFE: 3, PoolLabel.BUFFER: 5}
 SAFE_FLICKR = 300
-# One gun photograph in five is kept for measuring, and three ImageNet photographs in four.
-GUN_BUCKETS, IMAGENET_BUCKETS = 5, 4
+# One gun photograph in eight is kept for measuring, and three ImageNet photographs in four.
+GUN_BUCKETS, IMAGENET_BUCKETS = 8, 4
 # Views of an unsafe exemplar, by the suffix of its id: unsafe photographs are few, guns point, and are worn and held.
 CROP = 0.8
 

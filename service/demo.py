@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from PIL import Image
+from PIL import Image, ImageOps
 from rich.console import Console
 from rich.table import Table
 
@@ -41,7 +41,7 @@ PHOTOS = (
     ("skimage", "data", ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "hubble_deep_field.jpg")),
     ("sklearn", "datasets/images", ("china.jpg", "flower.jpg")),
 )
-TEXTS = ("a photo of a dog", "a sports car", "a person on a beach")
+TEXTS = ("a photo of a butterfly", "a sports car", "a grand piano")
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,8 @@ def samples() -> Iterator[Sample]:
     for guise, file in guises(cat):
         yield Sample("skimage/chelsea.png", guise, file, None)
     unsafe = open_image(next(h.file for h in hits if h.pool == "unsafe")).resize(cat.size)
-    animation = [cat, cat, unsafe, cat]
+    # Neighbouring frames differ: encoders merge equal ones, and the third must stay the third.
+    animation = [cat, ImageOps.mirror(cat), unsafe, cat]
     file = encoded(animation[0], "WEBP", save_all=True, append_images=animation[1:], duration=100)
     yield Sample("cat, third frame a test hit", "animated WebP", file, "unsafe")
 
@@ -192,6 +193,10 @@ def classify_all(client: httpx.Client) -> int:
         f"model {model['name']} ({model['fingerprint'][:16]}), pools {snapshot['version']}, policy {policy['version']}"
     )
     print(f"{photos_safe} of {photos} photographs and their variants were found safe")
+    if photos_safe < photos:
+        print(
+            "  (all of them are: the bundled encoder and its pools are small; an exemplar added to the safe pool mends it)"
+        )
     return failures
 
 

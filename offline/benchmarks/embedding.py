@@ -75,7 +75,7 @@ def nearest_neighbor_accuracy(
     if exclude_self:
         similarities.fill_diagonal_(-2.0)
     nearest = similarities.argmax(dim=1).tolist()
-    right = sum(gallery_labels[j] == label for j, label in zip(nearest, query_labels, strict=True))
+    right: int = sum(gallery_labels[j] == label for j, label in zip(nearest, query_labels, strict=True))
     return right / len(query_labels)
 
 

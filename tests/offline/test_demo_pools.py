@@ -9,6 +9,7 @@ from PIL import Image
 from offline import demo_pools
 from offline.data.archives import Example
 from offline.demo_pools import TaskImage, bucket, build, decide, exemplars_of, leave_one_out, measure
+from perception.encoder import open_image
 from perception.errors import FingerprintMismatch
 from perception.gallery import Gallery
 from perception.testing import ToyEncoder, benign_hits, synthetic_image
@@ -104,6 +105,6 @@ def test_benign_hits_are_what_the_program_draws(tmp_path: Path) -> None:
 
     drawn = {path.name: Image.open(path) for path in draw(tmp_path)}
     for hit in benign_hits():
-        shipped = np.asarray(demo_pools.open_image(hit.file), np.int16)
+        shipped = np.asarray(open_image(hit.file), np.int16)
         difference = np.abs(shipped - np.asarray(drawn[hit.id.split("/")[1]], np.int16))
         assert difference.mean() < 2  # fonts may be hinted differently elsewhere

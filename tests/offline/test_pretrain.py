@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from offline.data.training import Source
+from offline.data.training import SOURCES, Source
 from offline.finetune import pretrain as module
 from offline.finetune.pretrain import PretrainPlan, TargetSpace, learning_rate, plan_from_table, pretrain
 from offline.finetune.teacher import restore_batch_norm
@@ -73,7 +73,7 @@ def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
 
     def load(data: Path) -> tuple[dict[str, Source], list[tuple[str, ...]]]:
-        images = {name: rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8) for name in module.SOURCES}
+        images = {name: rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8) for name in SOURCES}
         labels = torch.arange(6) % 2
         none: list[list[str]] = []
         return {
