@@ -194,9 +194,7 @@ def classify_all(client: httpx.Client) -> int:
     )
     print(f"{photos_safe} of {photos} photographs and their variants were found safe")
     if photos_safe < photos:
-        print(
-            "  (all of them are: the bundled encoder and its pools are small; an exemplar added to the safe pool mends it)"
-        )
+        print("  (all are: the bundled encoder and its pools are small; one more exemplar in the safe pool mends it)")
     return failures
 
 
