@@ -109,6 +109,19 @@ def demo_pools(*, encoder: EncoderName, out: Path, data: DataFolder = None) -> N
     print(f"{len(gallery)} exemplars {counts} in {out}")
 
 
+@app.command
+def draw_benign_hits(*, out: Path) -> None:
+    """Draw the benign test hits, which ship in perception/benign_hits/, anew.
+
+    Args:
+        out: Folder for the PNG files.
+    """
+    from offline.benign_hits import draw
+
+    out.mkdir(parents=True, exist_ok=True)
+    print("\n".join(str(path) for path in draw(out)))
+
+
 def _write_json(path: Path | None, figures: dict[str, Any]) -> None:
     if path is not None:
         path.write_text(json.dumps(figures, indent=2) + "\n")

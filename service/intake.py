@@ -79,7 +79,8 @@ async def read_submission(request: Request, body_type: type[Body], settings: Set
     Raises:
         RequestError: what is wrong with the body as a whole; errors of single images are in their `Upload`.
     """
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    # A body without a type is a sequence of bytes (RFC 9110, 8.3); what it is, the decoder finds out.
+    content_type = request.headers.get("content-type", RAW).partition(";")[0].strip().lower()
     try:
         async with asyncio.timeout(settings.deadline_s) as timer:
             if content_type == MULTIPART:

@@ -56,6 +56,7 @@ def test_three_forms_of_one_image_give_the_same_answer(client: TestClient, unsaf
     answers = [
         client.post("/classify", content=unsafe_png, headers=PNG),
         client.post("/classify", content=unsafe_png, headers={"content-type": "application/octet-stream"}),
+        client.post("/classify", content=unsafe_png),
         client.post("/classify", files={"image": ("a.png", unsafe_png, "image/png")}),
         client.post("/classify", files={"anything": ("a.png", unsafe_png)}),
         client.post("/classify", json={"images": [{"data": base64_of(unsafe_png)}]}),

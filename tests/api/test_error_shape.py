@@ -67,7 +67,7 @@ CASES = [
     Case("trailing slash", 404, "not-found", IMAGE, path="/classify/"),
     Case("wrong method", 405, "method-not-allowed", {}, method="GET"),
     Case("wrong method on pools", 405, "method-not-allowed", IMAGE, path="/pools"),
-    Case("no content type", 415, "unsupported-body", {"content": PIXEL}, members={"found": ""}),
+    Case("empty content type", 415, "unsupported-body", {"content": PIXEL, "headers": {"content-type": ""}}, members={"found": ""}),
     Case("form body", 415, "unsupported-body", {"data": {"image": "x"}}),
     Case("text body", 415, "unsupported-body", {"content": b"x", "headers": {"content-type": "text/plain"}}),
     Case("empty raw body", 415, "unsupported-format", {"content": b"", "headers": PNG}),

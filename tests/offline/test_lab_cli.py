@@ -41,3 +41,9 @@ def test_encoders_lists_the_catalogue(capsys: pytest.CaptureFixture[str]) -> Non
     listed = capsys.readouterr().out
     assert "fare4-convnext_base_w" in listed
     assert "bundled/clean" in listed
+
+
+def test_benign_hits_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.draw_benign_hits(out=tmp_path / "new")
+    assert capsys.readouterr().out.count(".png") == 4
+    assert len(list((tmp_path / "new").glob("*.png"))) == 4
