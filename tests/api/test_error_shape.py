@@ -61,13 +61,14 @@ def part(name: str, content: bytes = PIXEL) -> tuple[str, tuple[str, bytes]]:
 
 
 IMAGE: dict[str, Any] = {"content": PIXEL, "headers": PNG}
+UNTYPED: dict[str, Any] = {"content": PIXEL, "headers": {"content-type": ""}}
 NOISE = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)))
 CASES = [
     Case("unknown route", 404, "not-found", {}, path="/nope"),
     Case("trailing slash", 404, "not-found", IMAGE, path="/classify/"),
     Case("wrong method", 405, "method-not-allowed", {}, method="GET"),
     Case("wrong method on pools", 405, "method-not-allowed", IMAGE, path="/pools"),
-    Case("empty content type", 415, "unsupported-body", {"content": PIXEL, "headers": {"content-type": ""}}, members={"found": ""}),
+    Case("empty content type", 415, "unsupported-body", UNTYPED, members={"found": ""}),
     Case("form body", 415, "unsupported-body", {"data": {"image": "x"}}),
     Case("text body", 415, "unsupported-body", {"content": b"x", "headers": {"content-type": "text/plain"}}),
     Case("empty raw body", 415, "unsupported-format", {"content": b"", "headers": PNG}),
