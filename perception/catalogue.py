@@ -4,6 +4,7 @@ A card (`catalogue/*.toml`) says where a published model's weights are and how i
 card beside their weights in `bundled/`. Nothing is ever loaded in place of what was asked for.
 """
 
+import logging
 import tomllib
 from dataclasses import dataclass, field
 from importlib import resources
@@ -132,6 +133,9 @@ def fetch_from_hub(model_id: str) -> Path:
 
     repository, _, revision = model_id.partition("@")
     failure: Exception | None = None
+    client_log = logging.getLogger("huggingface_hub")
+    level = client_log.level
+    client_log.setLevel(logging.ERROR)  # it warns of every retry; what it ends in is said once, below
     try:
         config = Path(hf_hub_download(repository, CONFIG_NAME, revision=revision or None))
         for weights in WEIGHT_NAMES:
@@ -142,5 +146,7 @@ def fetch_from_hub(model_id: str) -> Path:
                 failure = error
     except Exception as error:  # the hub's client raises its own, its HTTP library's and OSError
         failure = error
+    finally:
+        client_log.setLevel(level)
     reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0][:200]
     raise HubUnreachable(model_id, f"{type(failure).__name__}: {reason}")

@@ -1,6 +1,7 @@
 """Published formats: what is loaded must compute exactly what open_clip itself computes."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +171,16 @@ def test_unknown_names_list_the_choices(name: str) -> None:
         load_encoder(name)
 
 
-def test_an_unreachable_hub_names_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_names_the_choices(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     import huggingface_hub
 
+    client_log = logging.getLogger("huggingface_hub")
+    level = client_log.level
+
     def unreachable(*args: Any, **kwargs: Any) -> str:
+        client_log.warning("retrying")
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
@@ -181,6 +188,8 @@ def test_an_unreachable_hub_names_the_choices(monkeypatch: pytest.MonkeyPatch) -
         HubUnreachable, match=r"owner/model.*ConnectionError: no route to host.*local-dir.*bundled/clean"
     ):
         load_encoder("hf-hub:owner/model")
+    assert "retrying" not in caplog.text
+    assert client_log.level == level
 
 
 def test_a_hub_model_loads_from_where_the_client_put_it(
