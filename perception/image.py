@@ -223,9 +223,12 @@ def _rgb_views(image: Image.Image) -> Iterator[tuple[Background | None, Image.Im
         rgba = image.convert("RGBA")
         lowest = rgba.getchannel("A").getextrema()[0]
         if isinstance(lowest, (int, float)) and lowest < 255:
+            opaque, alpha = rgba.convert("RGB"), rgba.getchannel("A")
+            del image, rgba  # large ones cost hundreds of megabytes each
             for name, colour in _BACKGROUNDS:
-                canvas = Image.new("RGBA", rgba.size, (*colour, 255))
-                yield name, Image.alpha_composite(canvas, rgba).convert("RGB")
+                canvas = Image.new("RGB", opaque.size, colour)
+                canvas.paste(opaque, mask=alpha)
+                yield name, canvas
             return
         image = rgba
     yield None, image.copy() if image.mode == "RGB" else image.convert("RGB")

@@ -242,8 +242,11 @@ class Pretraining:
         scale = self.model.logit_scale.clamp(max=math.log(100)).exp()
         logits = scale * images @ class_texts.T
         class_loss = F.cross_entropy(logits, label, label_smoothing=plan.label_smoothing)
-        pairs, target = scale * self.embeddings["scenes"][scenes] @ captions.T, torch.arange(len(scenes))
-        caption_loss = (F.cross_entropy(pairs, target) + F.cross_entropy(pairs.T, target)) / 2
+        # A caption must find its scene among the named images too, or it ends up nearest to whatever is near all texts.
+        scene_images, target = self.embeddings["scenes"][scenes], torch.arange(len(scenes))
+        by_image = F.cross_entropy(scale * scene_images @ captions.T, target)
+        by_caption = F.cross_entropy(scale * captions @ torch.cat([scene_images, images]).T, target)
+        caption_loss = (by_image + by_caption) / 2
         accuracy = logits.argmax(1).eq(label).float().mean().item()
         figures = {"class_loss": class_loss.item(), "caption_loss": caption_loss.item(), "class_accuracy": accuracy}
         return class_loss + plan.caption_weight * caption_loss, figures
