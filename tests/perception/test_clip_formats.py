@@ -58,6 +58,10 @@ def test_full_size_models_encode_as_open_clip_does(architecture: str, tmp_path: 
         )
     assert full.fingerprint == visual.fingerprint
     assert full.dim == expected.shape[1]
+    card = {"ViT-B-32": "fare4-vit-b-32", "convnext_base_w": "fare4-convnext_base_w"}[architecture]
+    by_card = load_encoder(f"visual:{card}:{tmp_path / 'visual.pt'}")
+    assert by_card.fingerprint == visual.fingerprint
+    assert by_card.preprocess == visual.preprocess
     with pytest.raises(CheckpointError, match="visual-only"):
         _ = visual.text
 
