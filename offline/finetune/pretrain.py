@@ -5,7 +5,7 @@ Two phases, both short enough for two CPU cores:
 1. image: the tower starts from the ImageNet teacher's weights and learns, at its own image size and padding, the
    principal components of the teacher's standardised features: `loss = 1 - cos(f(view), target)`.
 2. text: with the image tower locked (as in LiT), the text tower learns to meet the images' embeddings from class names
-   and captions: `loss = CE(class names) + caption_weight * CE(captions, both ways)`.
+   and captions: `loss = CE(image -> name) + name_weight * CE(name -> images) + caption_weight * CE(captions, both ways)`.
 
 The image space is thus the teacher's, which knows 1,000 classes, and not bent to the few that are named here. Owns the
 recipe. Every random choice is a function of (seed, step), so a resumed run is the run that was killed.
@@ -52,6 +52,7 @@ class PretrainPlan:
     text_lr: float
     text_batch_named: int
     text_batch_captions: int
+    name_weight: float
     caption_weight: float
     label_smoothing: float
     weight_decay: float
@@ -240,16 +241,21 @@ class Pretraining:
         texts = F.normalize(self.model.encode_text(tokens), dim=-1)
         class_texts, captions = texts[: -len(scenes)], texts[-len(scenes) :]
         scale = self.model.logit_scale.clamp(max=math.log(100)).exp()
+        scene_images = self.embeddings["scenes"][scenes]
+        everything = torch.cat([scene_images, images])
+        # Texts look for their images among all of them, named or captioned: else some images end up near every text.
         logits = scale * images @ class_texts.T
         class_loss = F.cross_entropy(logits, label, label_smoothing=plan.label_smoothing)
-        # A caption must find its scene among the named images too, or it ends up nearest to whatever is near all texts.
-        scene_images, target = self.embeddings["scenes"][scenes], torch.arange(len(scenes))
-        by_image = F.cross_entropy(scale * scene_images @ captions.T, target)
-        by_caption = F.cross_entropy(scale * captions @ torch.cat([scene_images, images]).T, target)
-        caption_loss = (by_image + by_caption) / 2
+        present = label.unique()
+        wanted = torch.cat([torch.zeros(len(present), len(scenes)), (label == present[:, None]).float()], dim=1)
+        by_name = F.cross_entropy(scale * class_texts[present] @ everything.T, wanted / wanted.sum(1, keepdim=True))
+        target = torch.arange(len(scenes))
+        by_scene = F.cross_entropy(scale * scene_images @ captions.T, target)
+        by_caption = F.cross_entropy(scale * captions @ everything.T, target)
+        caption_loss = (by_scene + by_caption) / 2
         accuracy = logits.argmax(1).eq(label).float().mean().item()
         figures = {"class_loss": class_loss.item(), "caption_loss": caption_loss.item(), "class_accuracy": accuracy}
-        return class_loss + plan.caption_weight * caption_loss, figures
+        return class_loss + plan.name_weight * by_name + plan.caption_weight * caption_loss, figures
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, by name."""
