@@ -5,7 +5,7 @@ Two phases, both short enough for two CPU cores:
 1. image: the tower starts from the ImageNet teacher's weights and learns, at its own image size and padding, the
    principal components of the teacher's standardised features: `loss = 1 - cos(f(view), target)`.
 2. text: with the image tower locked (as in LiT), the text tower learns to meet the images' embeddings from class names
-   and captions: `loss = CE(image -> name) + name_weight * CE(name -> images) + caption_weight * CE(captions, both ways)`.
+   and captions: `CE(image -> name) + name_weight * CE(name -> images) + caption_weight * CE(captions, both ways)`.
 
 The image space is thus the teacher's, which knows 1,000 classes, and not bent to the few that are named here. Owns the
 recipe. Every random choice is a function of (seed, step), so a resumed run is the run that was killed.

@@ -18,8 +18,8 @@ from offline.finetune.teacher import restore_batch_norm
 PLAN = PretrainPlan(
     seed=0, embed_dim=8, image_size_px=32, teacher_size_px=32, text_width=16, text_layers=1, text_heads=2,
     context_length=16, image_steps=2, image_lr=1e-3, image_batch={"tiles": 3, "objects": 2, "scenes": 3},
-    min_crop_area=0.5, text_steps=2, text_lr=1e-3, text_batch_named=6, text_batch_captions=3, name_weight=0.3, caption_weight=0.5,
-    label_smoothing=0.1, weight_decay=0.01, warmup_steps=1, checkpoint_every=1, log_every=1,
+    min_crop_area=0.5, text_steps=2, text_lr=1e-3, text_batch_named=6, text_batch_captions=3, caption_weight=0.5,
+    name_weight=0.3, label_smoothing=0.1, weight_decay=0.01, warmup_steps=1, checkpoint_every=1, log_every=1,
 )  # fmt: skip
 
 
