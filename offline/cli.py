@@ -129,12 +129,11 @@ def _write_json(path: Path | None, figures: dict[str, Any]) -> None:
 
 def main() -> None:
     """Entry point: one clear line and exit code 2 for what the user can mend."""
-    from offline.data.archives import DataMissing
-    from offline.runs import RunError
+    from offline.errors import OfflineError
     from perception.errors import PerceptionError
 
     try:
         app()
-    except (PerceptionError, DataMissing, RunError, OSError, tomllib.TOMLDecodeError) as error:
+    except (PerceptionError, OfflineError, OSError, tomllib.TOMLDecodeError) as error:
         print(f"hardlook-lab: {error}", file=sys.stderr)
         sys.exit(2)

@@ -15,9 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-
-class RunError(Exception):
-    """A run directory belongs to another plan, or is damaged."""
+from offline.errors import RunError
 
 
 class RunDirectory:

@@ -14,20 +14,10 @@ from pathlib import Path
 
 from PIL.Image import Image
 
+from offline.errors import DATA_VARIABLE, DataMissing
 from perception.image import decode
 
-DATA_VARIABLE = "HARDLOOK_DATA"
 DEFAULT_DATA = Path("../shared/data")
-
-
-class DataMissing(Exception):
-    """An archive is not where it is looked for."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        super().__init__(
-            f"data file not found: {path} (set {DATA_VARIABLE} to the folder that holds train/ and bench/)"
-        )
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from offline.data.training import SOURCES, Source, TextBank, augment, epoch_indices, load_sources, to_signed
+from offline.errors import PlanError
 from offline.finetune.teacher import load_teacher, restore_batch_norm
 from offline.runs import RunDirectory, adam_tensors, restore_adam
 
@@ -70,12 +71,12 @@ def plan_from_table(table: dict[str, Any]) -> PretrainPlan:
     """Build the plan from a parsed TOML table.
 
     Raises:
-        ValueError: a key is unknown or missing.
+        PlanError: a key is unknown or missing.
     """
     try:
         return PretrainPlan(**table)
     except TypeError as error:
-        raise ValueError(f"pretraining plan: {error}") from error
+        raise PlanError(f"pretraining plan: {error}") from error
 
 
 def model_config(plan: PretrainPlan) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from offline.data.archives import DATA_VARIABLE, DataMissing, data_root, read_labelled_zip, read_mosaic_zip
+from offline.data.archives import data_root, read_labelled_zip, read_mosaic_zip
+from offline.errors import DATA_VARIABLE, DataMissing
 from perception.errors import CorruptImage
 from perception.testing import encoded, synthetic_image
 

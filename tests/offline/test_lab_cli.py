@@ -47,3 +47,11 @@ def test_benign_hits_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str
     cli.draw_benign_hits(out=tmp_path / "new")
     assert capsys.readouterr().out.count(".png") == 4
     assert len(list((tmp_path / "new").glob("*.png"))) == 4
+
+
+def test_a_plan_with_a_wrong_key_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "plan.toml").write_text("sed = 0\n")
+    done = run("pretrain", str(tmp_path / "plan.toml"), "--run", str(tmp_path / "run"))
+    assert done.returncode == 2
+    assert "unexpected keyword argument 'sed'" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from offline.data.training import SOURCES, Source
+from offline.errors import PlanError
 from offline.finetune import pretrain as module
 from offline.finetune.pretrain import PretrainPlan, TargetSpace, learning_rate, plan_from_table, pretrain
 from offline.finetune.teacher import restore_batch_norm
@@ -42,7 +43,7 @@ def test_the_schedule_warms_up_and_ends_near_zero() -> None:
 
 
 def test_unknown_and_missing_keys_of_a_plan_are_named() -> None:
-    with pytest.raises(ValueError, match="sed"):
+    with pytest.raises(PlanError, match="sed"):
         plan_from_table({"sed": 0})
 
 

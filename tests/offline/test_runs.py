@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from offline.runs import RunDirectory, RunError, adam_tensors, restore_adam
+from offline.errors import RunError
+from offline.runs import RunDirectory, adam_tensors, restore_adam
 
 
 def test_checkpoints_come_back(tmp_path: Path) -> None:

@@ -1,0 +1,33 @@
+"""Every exception that offline raises on purpose; none needs torch, so that the command line can name them quickly.
+
+OfflineError
+├── DataMissing   an archive is not where it is looked for
+├── PlanError     a plan has unknown or missing keys
+└── RunError      a run directory belongs to another plan, or is damaged
+"""
+
+from pathlib import Path
+
+DATA_VARIABLE = "HARDLOOK_DATA"
+
+
+class OfflineError(Exception):
+    """Root of everything that offline raises on purpose."""
+
+
+class DataMissing(OfflineError):
+    """An archive is not where it is looked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        super().__init__(
+            f"data file not found: {path} (set {DATA_VARIABLE} to the folder that holds train/ and bench/)"
+        )
+
+
+class PlanError(OfflineError):
+    """A plan has unknown or missing keys."""
+
+
+class RunError(OfflineError):
+    """A run directory belongs to another plan, or is damaged."""
