@@ -34,6 +34,8 @@ _SIGNATURES: tuple[tuple[str, Callable[[bytes], bool]], ...] = (
     ("HEIF", lambda head: head[4:8] == b"ftyp" and bool(_brands(head) & _HEIF_BRANDS)),
 )
 ACCEPTED_FORMATS = tuple(name for name, _ in _SIGNATURES)
+# What their files are called; readers of folders and archives pass over other files.
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "heic", "heif", "avif"})
 
 # EXIF orientation 2..8 as the transpositions that undo it.
 _UPRIGHT = {

@@ -20,9 +20,8 @@ from indexer.contents import POOL_LABELS, Kind
 from indexer.errors import InvalidLabel, SourceError
 from indexer.sources.item import Skipped, SourceItem, as_text, stamp_of
 from perception.errors import ImageTooLarge
-from perception.image import ImageLimits
+from perception.image import IMAGE_EXTENSIONS, ImageLimits
 
-_IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "heic", "heif", "avif"})
 _ANNOTATIONS = frozenset({"cls", "txt", "json"})
 _MAX_ANNOTATION_BYTES = 64 * 1024  # of labels, captions and metadata: they are held in memory and served
 # What Python's tar and decompression modules raise on damaged archives.
@@ -95,15 +94,15 @@ class TarSource:
     def _add(self, sample: "_Sample", archive: tarfile.TarFile, member: tarfile.TarInfo, extension: str) -> None:
         """Read one member into its sample, or note why not."""
         name = as_text(member.name)
-        limit_bytes = self._max_bytes if extension in _IMAGES else _MAX_ANNOTATION_BYTES
+        limit_bytes = self._max_bytes if extension in IMAGE_EXTENSIONS else _MAX_ANNOTATION_BYTES
         file = archive.extractfile(member) if member.isreg() else None
         if file is None:
             sample.skip(name, OSError("not a regular file"))
-        elif extension not in _IMAGES | _ANNOTATIONS:
+        elif extension not in IMAGE_EXTENSIONS | _ANNOTATIONS:
             sample.skip(name, ValueError(f"extension {extension!r} is neither an image's nor a label's"))
         elif member.size > limit_bytes:
             sample.skip(name, ImageTooLarge("bytes", limit_bytes, member.size))
-        elif extension in _IMAGES:
+        elif extension in IMAGE_EXTENSIONS:
             sample.images.append((name, file.read()))
         else:
             sample.annotations[extension] = file.read()

@@ -2,76 +2,44 @@
 
 Reads three layouts: an open_clip folder (`local-dir:` or fetched by `hf-hub:`: `open_clip_config.json` beside
 `open_clip_model.safetensors`), and a visual-only state dict (`.pt` or `.safetensors`) for a named architecture. All of
-them go through one strict check of names and shapes. Owns nothing of search or decisions.
+them go through one strict check of names and shapes. Writes the first. Owns nothing of search or decisions.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from perception.encoder import ImageSource, Precision, fingerprint, image_similarity, unit_embeddings
+from perception.encoder import Precision
+from perception.encoders.tower import TowerEncoder
+from perception.encoders.weights import first_weights, load_strictly, read_json, read_state_dict, write_checkpoint
 from perception.errors import CheckpointError
 from perception.preprocess import PreprocessSpec
 from perception.text import TextEncoder
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHT_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-_PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _NATIVE_TEXT_KEYS = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
 
 
-class ClipEncoder(nn.Module):
-    """The visual tower of a CLIP model; an `Encoder` (see there for the contract of `encode`).
+class ClipEncoder(TowerEncoder):
+    """The visual tower of a CLIP model, with the text tower of the same checkpoint where it has one."""
 
-    Normalisation by mean and std happens inside, so that perturbations are measured on [0, 1] pixels.
-    """
-
-    def __init__(self, name: str, visual: nn.Module, parts: "ClipParts", precision: Precision, device: str) -> None:
-        super().__init__()
-        self.name, self.precision, self.preprocess, self._parts = name, precision, parts.preprocess, parts
-        self.dim = int(parts.model_config["embed_dim"])
-        vision = {k: v for k, v in parts.model_config.items() if k != "text_cfg"}
-        self.fingerprint = fingerprint(vision, parts.preprocess, precision, visual.state_dict())
-        self.visual = visual.to(device=device, dtype=_PRECISIONS[precision]).eval().requires_grad_(False)
-        if any(isinstance(m, nn.Conv2d) for m in visual.modules()):
-            self.visual.to(memory_format=torch.channels_last)
-        self.register_buffer("mean", torch.tensor(parts.preprocess.mean, device=device).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(parts.preprocess.std, device=device).view(1, 3, 1, 1))
-        self._text: TextEncoder | None = None
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.visual.parameters()).device
-
-    def features(self, pixels: Tensor) -> Tensor:
-        """Embeddings before normalisation, which FARE's loss is defined on.
-
-        Args:
-            pixels: (b, 3, h, w) float RGB in [0, 1].
-
-        Returns:
-            (b, d) float32, differentiable.
-        """
-        if pixels.ndim != 4 or pixels.shape[1] != 3:
-            raise ValueError(f"pixels must be (b, 3, h, w), got {tuple(pixels.shape)}")
-        mean, std = self.get_buffer("mean"), self.get_buffer("std")
-        normalised = (pixels.to(self.device) - mean) / std
-        output: Tensor = self.visual(normalised.to(_PRECISIONS[self.precision]))
-        return output.float()
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """See `perception.encoder.Encoder.encode`."""
-        return unit_embeddings(self.features(pixels))
-
-    def similarity(self, a: ImageSource, b: ImageSource) -> float:
-        """Cosine similarity of two image files, in [-1, 1]."""
-        return image_similarity(self, a, b)
+    def __init__(self, name: str, parts: "ClipParts", precision: Precision, device: str) -> None:
+        super().__init__(
+            name,
+            parts.build_visual(),
+            architecture={k: v for k, v in parts.model_config.items() if k != "text_cfg"},
+            dim=int(parts.model_config["embed_dim"]),
+            preprocess=parts.preprocess,
+            precision=precision,
+            device=device,
+        )
+        self._parts = replace(parts, visual_state={})  # the tower has them now
 
     @property
     def text(self) -> TextEncoder:
@@ -80,9 +48,18 @@ class ClipEncoder(nn.Module):
         Raises:
             CheckpointError: the checkpoint is visual-only.
         """
-        if self._text is None:
-            self._text = self._parts.build_text(self.name).to(self.device)
-        return self._text
+        return self._text.to(self.device)
+
+    # Not a submodule: what is trained, counted or saved through the encoder is the image tower alone.
+    @cached_property
+    def _text(self) -> TextEncoder:
+        return self._parts.build_text(self.name)
+
+    def export(self, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
+        """Write an open_clip folder, with the text tower where the checkpoint had one; see `TowerEncoder.export`."""
+        visual = {f"visual.{k}": v for k, v in self.visual.state_dict().items()}
+        state = {**visual, **self._parts.other_state}
+        write_open_clip_folder(folder, self._parts.model_config, self.preprocess, state, dtype)
 
 
 @dataclass(frozen=True)
@@ -93,7 +70,7 @@ class ClipParts:
         model_config: open_clip's `model_cfg`.
         preprocess: how images become pixels.
         visual_state: the visual tower's state dict, names without the `visual.` prefix.
-        text_state: the text tower's state dict; empty for visual-only checkpoints.
+        other_state: all else that the file holds, by its names there; empty for visual-only checkpoints.
         tokenizer_source: open_clip tokenizer name; 'local-dir:...' where the checkpoint brings its own.
         origin: path or id, for messages.
     """
@@ -101,9 +78,41 @@ class ClipParts:
     model_config: Mapping[str, Any]
     preprocess: PreprocessSpec
     visual_state: Mapping[str, Tensor]
-    text_state: Mapping[str, Tensor]
+    other_state: Mapping[str, Tensor]
     tokenizer_source: str
     origin: str
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ClipParts":
+        """Itself: it is frozen, and nothing writes to its tensors."""
+        return self
+
+    @property
+    def text_state(self) -> dict[str, Tensor]:
+        """The text tower's state dict; empty for visual-only checkpoints."""
+        text = {k.removeprefix("text."): v for k, v in self.other_state.items() if k.startswith("text.")}
+        return text or {k: v for k, v in self.other_state.items() if k.startswith(_NATIVE_TEXT_KEYS)}
+
+    def with_text_of(self, donor: "ClipParts") -> "ClipParts":
+        """These parts with the text tower of another checkpoint, of which this one's image tower was made.
+
+        Raises:
+            CheckpointError: this one has a text tower of its own, the donor has none, or they are of two kinds.
+        """
+        if self.text_state:
+            raise CheckpointError(
+                f"{self.origin} has a text tower of its own, and its card names that of {donor.origin}"
+            )
+        if not donor.text_state:
+            raise CheckpointError(f"{donor.origin} has no text tower that {self.origin} could share")
+        for key in ("embed_dim", "text_cfg", "quick_gelu", "custom_text"):
+            own, other = self.model_config.get(key, False), donor.model_config.get(key, False)
+            if own != other:
+                raise CheckpointError(f"{self.origin} cannot share {donor.origin}'s text tower: {key} {own} != {other}")
+        return replace(self, other_state=donor.other_state, tokenizer_source=donor.tokenizer_source)
+
+    def build(self, name: str, precision: Precision, device: str) -> ClipEncoder:
+        """Assemble the encoder; see `perception.load_encoder`."""
+        return ClipEncoder(name, self, precision, device)
 
     def build_visual(self) -> nn.Module:
         """Build the visual tower and load it strictly, in fp32.
@@ -150,63 +159,6 @@ class ClipParts:
         return TextEncoder(tower, tokenizer)
 
 
-def load_strictly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Load a state dict into a module as float32; every name and shape must fit.
-
-    Raises:
-        CheckpointError: lists the first missing, unexpected and misshapen tensors.
-    """
-    expected = module.state_dict()
-    # Attention masks are derived, not learned; files differ in whether they hold them.
-    state = {k: v for k, v in state.items() if k in expected or not k.endswith("attn_mask")}
-    missing = [k for k in expected if k not in state and not k.endswith("attn_mask")]
-    unexpected = [k for k in state if k not in expected]
-    misshapen = [
-        f"{k} is {tuple(v.shape)}, expected {tuple(expected[k].shape)}"
-        for k, v in state.items()
-        if k in expected and v.shape != expected[k].shape
-    ]
-    problems = [
-        f"{label} {len(names)}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-        for label, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen))
-        if names
-    ]
-    if problems:
-        raise CheckpointError(f"{what} does not fit its architecture: {'; '.join(problems)}")
-    floats = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
-    bad = [k for k, v in floats.items() if not bool(torch.isfinite(v).all())]
-    if bad:
-        raise CheckpointError(f"{what} holds values that are not finite: {', '.join(bad[:3])}")
-    module.load_state_dict(floats, strict=False)
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a state dict from `.safetensors`, or from a published `.pt`/`.bin` without running code from it.
-
-    Nested dicts (`state_dict`, `vision_encoder_state_dict`) and `module.` prefixes are unwrapped.
-
-    Raises:
-        CheckpointError: absent, corrupt, or not a state dict.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"weights not found: {path}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and safetensors readers raise many types
-        raise CheckpointError(f"cannot read weights {path}: {str(error).splitlines()[0][:200]}") from error
-    for key in ("state_dict", "vision_encoder_state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise CheckpointError(f"{path} is not a state dict of tensors")
-    return {str(k).removeprefix("module."): v for k, v in content.items()}
-
-
 def read_folder(folder: Path, preprocess: PreprocessSpec | None = None, quick_gelu: bool | None = None) -> ClipParts:
     """Read an open_clip folder, as published on the hub or written locally.
 
@@ -221,24 +173,49 @@ def read_folder(folder: Path, preprocess: PreprocessSpec | None = None, quick_ge
     model_config, table = _read_config(folder / CONFIG_NAME)
     if quick_gelu is not None:
         model_config = {**model_config, "quick_gelu": quick_gelu}
-    weights = next((folder / n for n in WEIGHT_NAMES if (folder / n).is_file()), None)
-    if weights is None:
-        raise CheckpointError(f"{folder} holds none of {', '.join(WEIGHT_NAMES)}")
-    state = read_state_dict(weights)
+    state = first_weights(folder, WEIGHT_NAMES)
     visual = {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}
-    text = {k.removeprefix("text."): v for k, v in state.items() if k.startswith("text.")}
-    text = text or {k: v for k, v in state.items() if k.startswith(_NATIVE_TEXT_KEYS)}
+    other = {k: v for k, v in state.items() if not k.startswith("visual.")}
     spec = preprocess or preprocess_of(model_config, table, str(folder))
-    return ClipParts(model_config, spec, visual, text, f"local-dir:{folder}", str(folder))
+    return ClipParts(model_config, spec, visual, other, f"local-dir:{folder}", str(folder))
+
+
+def write_open_clip_folder(
+    folder: Path,
+    model_config: Mapping[str, Any],
+    preprocess: PreprocessSpec,
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """Write what `read_folder` and open_clip's own `local-dir:` read.
+
+    Args:
+        folder: made where it does not exist.
+        model_config: open_clip's `model_cfg`.
+        preprocess: how images become pixels.
+        state: the whole model's, or its `visual.*` alone, which only `read_folder` reads.
+        dtype: of the floating-point tensors.
+
+    Raises:
+        CheckpointError: a value is not finite, in `dtype`; nothing is written.
+    """
+    table: dict[str, Any] = {
+        "size": preprocess.resize_px,
+        "mean": list(preprocess.mean),
+        "std": list(preprocess.std),
+        "interpolation": preprocess.interpolation,
+        "resize_mode": preprocess.resize_mode,
+    }
+    if preprocess_of(model_config, table, str(folder)) != preprocess:
+        table["crop_size"] = preprocess.size_px  # ours; open_clip crops to what it resizes to
+    config = {"model_cfg": dict(model_config), "preprocess_cfg": table}
+    write_checkpoint(folder, (CONFIG_NAME, config), (WEIGHT_NAMES[0], state), dtype)
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """`(model_cfg, preprocess_cfg)` of an open_clip_config.json."""
-    try:
-        config = json.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    model_config = config.get("model_cfg") if isinstance(config, dict) else None
+    config = read_json(path)
+    model_config = config.get("model_cfg")
     if not isinstance(model_config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= model_config.keys():
         raise CheckpointError(f"{path}: 'model_cfg' with embed_dim, vision_cfg and text_cfg is missing")
     return model_config, config.get("preprocess_cfg") or {}
@@ -283,9 +260,11 @@ def preprocess_of(model_config: Mapping[str, Any], table: Mapping[str, Any], ori
     vision = model_config["vision_cfg"]
     size = table.get("size", vision.get("image_size", 224))
     size = size[0] if isinstance(size, list | tuple) else size
+    convnext = str(vision.get("timm_model_name", "")).startswith("convnext_base")
+    native = 224 if convnext and size == 256 else size
     try:
         spec = PreprocessSpec(
-            size_px=size, resize_px=size, resize_mode=table.get("resize_mode") or "shortest",
+            size_px=table.get("crop_size", native), resize_px=size, resize_mode=table.get("resize_mode") or "shortest",
             interpolation=table.get("interpolation") or "bicubic",
         )  # fmt: skip
         if table.get("mean"):
@@ -294,13 +273,4 @@ def preprocess_of(model_config: Mapping[str, Any], table: Mapping[str, Any], ori
             spec = replace(spec, std=tuple(table["std"]))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{origin}: preprocessing not understood: {error}") from error
-    if str(vision.get("timm_model_name", "")).startswith("convnext_base") and size == 256:
-        spec = replace(spec, size_px=224)
     return spec
-
-
-def build_encoder(name: str, parts: ClipParts, precision: Precision, device: str) -> ClipEncoder:
-    """Assemble an encoder; see `perception.load_encoder`."""
-    if precision not in _PRECISIONS:
-        raise CheckpointError(f"precision must be one of {', '.join(_PRECISIONS)}, got {precision!r}")
-    return ClipEncoder(name, parts.build_visual(), parts, precision, device)

@@ -9,6 +9,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 import perception
 from perception import Gallery, encode_images, list_encoders, load_encoder
@@ -23,7 +24,9 @@ DEMO = ROOT.parent / "indexer" / "demo"
 
 @pytest.fixture(scope="module", params=BUNDLED)
 def encoder(request: pytest.FixtureRequest) -> ClipEncoder:
-    return load_encoder(request.param)
+    loaded = load_encoder(request.param)
+    assert isinstance(loaded, ClipEncoder)
+    return loaded
 
 
 def folder_of(encoder: ClipEncoder) -> Path:
@@ -43,11 +46,25 @@ def test_card_names_the_weights_and_their_terms(encoder: ClipEncoder) -> None:
     assert card["measured"]["command"].startswith("hardlook-lab benchmark embedding")
 
 
-def test_open_clip_itself_loads_it_and_agrees(encoder: ClipEncoder) -> None:
-    reference = open_clip.create_model(f"local-dir:{folder_of(encoder)}").eval()
+def test_a_shared_text_tower_is_not_shipped_twice(encoder: ClipEncoder) -> None:
+    shared = list_encoders()[encoder.name].text_tower
+    with safe_open(folder_of(encoder) / "open_clip_model.safetensors", framework="pt") as weights:
+        assert all(key.startswith("visual.") for key in weights.keys()) is bool(shared)  # noqa: SIM118
+    if shared:
+        prompts = ["a photo of a dog", "a harbour at night"]
+        donor = load_encoder(shared)
+        torch.testing.assert_close(encoder.text.encode_text(prompts), donor.text.encode_text(prompts), atol=0, rtol=0)
+
+
+def test_open_clip_itself_loads_it_and_agrees(encoder: ClipEncoder, tmp_path: Path) -> None:
+    folder = folder_of(encoder)
+    if list_encoders()[encoder.name].text_tower:  # open_clip wants all in one folder
+        folder = tmp_path / "whole"
+        encoder.export(folder)
+    reference = open_clip.create_model(f"local-dir:{folder}").eval()
     size = encoder.preprocess.size_px
     pixels = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    tokens = open_clip.get_tokenizer(f"local-dir:{folder_of(encoder)}")(["a photo of a dog"])
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(["a photo of a dog"])
     with torch.no_grad():
         images = reference.encode_image(pixels * 2 - 1, normalize=True)
         texts = reference.encode_text(tokens, normalize=True)

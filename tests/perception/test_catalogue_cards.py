@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from perception.encoders.dino import ARCHITECTURES
 from perception.preprocess import PreprocessSpec
 
 FOLDER = Path(__file__).parents[2] / "perception" / "catalogue"
@@ -26,7 +27,11 @@ RECIPE = {
     "image_size_px": int, "augmentation": str, "steps": int, "batch_size": int, "optimizer": str, "betas": list,
     "lr": float, "weight_decay": float, "warmup_steps": int, "schedule": str, "precision": str, "seed": int,
 }  # fmt: skip
-EMBED_DIM = {"ViT-B-32": 512, "ViT-B-16": 512, "convnext_base_w": 640, "ViT-L-14-quickgelu": 768}
+EMBED_DIM = {
+    "ViT-B-32": 512, "ViT-B-16": 512, "convnext_base_w": 640, "ViT-L-14-quickgelu": 768, "vit_base_patch16_224": 768,
+    "vit_base_patch14_dinov2": 768,
+}  # fmt: skip
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 FIGURES = {
     "nights": {"table", "clean", "linf_4_255", "l2_3"},
     "bapps": {"table", "clean", "linf_4_255", "l2_3"},
@@ -34,7 +39,10 @@ FIGURES = {
     "zero_shot_13": {"table", "clean", "linf_2_255", "linf_4_255"},
     "nsfw": {"table", "safe_clean", "safe_linf_8_255", "unsafe_clean", "unsafe_linf_8_255"},
 }
+CLIP = [name for name, card in CARDS.items() if card["family"] == "clip"]
 every_card = pytest.mark.parametrize("name", CARDS)
+clip_cards = pytest.mark.parametrize("name", CLIP)
+dino_cards = pytest.mark.parametrize("name", [name for name in CARDS if name not in CLIP])
 robust_cards = pytest.mark.parametrize("name", [n for n, card in CARDS.items() if card["training"]["method"] != "none"])
 
 
@@ -42,21 +50,25 @@ def test_all_published_encoders_have_a_card() -> None:
     towers = ("vit-b-32", "vit-b-16", "convnext_base_w")
     expected = {f"{kind}-{tower}" for kind in ("clip", "fare4", "tecoa4") for tower in towers}
     expected |= {f"{kind}-vit-l-14" for kind in ("clip", "fare2", "fare4", "tecoa2", "tecoa4")}
+    expected |= {"dino-vitb16", "dinov2-vitb14", "fare4-dino-vitb16"}
     assert set(CARDS) == expected
 
 
 @every_card
 def test_card_has_the_required_fields(name: str) -> None:
     card = CARDS[name]
-    assert {key: type(value) for key, value in card.items()} == REQUIRED
+    assert card["family"] in ("clip", "dino")
+    # DINO's towers have one activation, and no text tower.
+    required = {k: v for k, v in REQUIRED.items() if k != "quick_gelu" or card["family"] == "clip"}
+    assert {key: type(value) for key, value in card.items()} == required
+    assert card["text_tower"] is (card["family"] == "clip")
     assert card["name"] == name == name.lower()
-    assert card["family"] == "clip"
     assert card["source"].startswith("hf-hub:")
     assert card["source"].count("/") == 1
     assert all(file.endswith(".pt") for file in card["visual_checkpoint"])
 
 
-@every_card
+@clip_cards
 def test_architecture_is_the_one_that_open_clip_has(name: str) -> None:
     card = CARDS[name]
     spec = importlib.util.find_spec("open_clip")  # finds it without the ten seconds of importing it
@@ -67,7 +79,13 @@ def test_architecture_is_the_one_that_open_clip_has(name: str) -> None:
     assert card["quick_gelu"] is config.get("quick_gelu", False)
 
 
-@every_card
+@dino_cards
+def test_architecture_is_the_one_that_the_dino_reader_has(name: str) -> None:
+    card = CARDS[name]
+    assert card["embed_dim"] == ARCHITECTURES[card["architecture"]].hidden_size == EMBED_DIM[card["architecture"]]
+
+
+@clip_cards
 def test_quick_gelu_follows_the_origin_of_the_weights(name: str) -> None:
     card = CARDS[name]
     origin = card["training"].get("initial_weights", card["source"])
@@ -79,10 +97,11 @@ def test_quick_gelu_follows_the_origin_of_the_weights(name: str) -> None:
 def test_preprocessing(name: str) -> None:
     card = CARDS[name]
     spec = PreprocessSpec(**card["preprocess"])
-    convnext = card["architecture"].startswith("convnext")
-    assert (spec.size_px, spec.resize_px) == (224, 256 if convnext else 224)
+    crops = card["architecture"].startswith("convnext") or card["family"] == "dino"
+    assert (spec.size_px, spec.resize_px) == (224, 256 if crops else 224)
     default = PreprocessSpec(size_px=224, resize_px=224)
-    assert (tuple(spec.mean), tuple(spec.std)) == (default.mean, default.std)
+    expected = IMAGENET if card["family"] == "dino" else (default.mean, default.std)
+    assert (tuple(spec.mean), tuple(spec.std)) == expected
     assert (spec.resize_mode, spec.interpolation) == ("shortest", "bicubic")
 
 
@@ -92,7 +111,8 @@ def test_recipe(name: str) -> None:
     recipe = card["training"]
     assert {key: type(value) for key, value in recipe.items()} == {"method": str, **RECIPE}
     assert f"{recipe['method'].lower()}{Fraction(recipe['eps']) * 255}" == name.partition("-")[0]
-    clean = "clip-" + name.partition("-")[2]
+    tower = name.partition("-")[2]
+    clean = tower if card["family"] == "dino" else f"clip-{tower}"
     assert recipe["initial_weights"] == CARDS[clean]["source"]
     assert card["architecture"] == CARDS[clean]["architecture"]
 
@@ -132,6 +152,9 @@ def test_an_attack_never_helps(name: str) -> None:
         ("tecoa4-vit-l-14", "bapps", "linf_4_255", 21.5),
         ("fare4-vit-b-16", "imagenet", "linf_2_255", 38.9),
         ("fare2-vit-l-14", "zero_shot_13", "linf_4_255", 20.5),
+        ("fare4-dino-vitb16", "nights", "l2_3", 73.2),
+        ("fare4-dino-vitb16", "nsfw", "unsafe_linf_8_255", 67.1),
+        ("dinov2-vitb14", "bapps", "clean", 67.2),
     ],
 )
 def test_published_figure(name: str, group: str, figure: str, value: float) -> None:

@@ -83,7 +83,7 @@ def test_quick_gelu_is_taken_from_the_configuration(small: tuple[open_clip.model
 
 
 def test_nested_and_prefixed_visual_files_load(small: tuple[open_clip.model.CLIP, Path], tmp_path: Path) -> None:
-    from perception.encoders.clip import read_state_dict
+    from perception.encoders.weights import read_state_dict
 
     model, _ = small
     state = model.visual.state_dict()
