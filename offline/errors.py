@@ -2,8 +2,9 @@
 
 OfflineError
 ├── DataMissing   an archive is not where it is looked for
-├── PlanError     a plan has unknown or missing keys
-└── RunError      a run directory belongs to another plan, or is damaged
+├── DataError     data has another layout than it should, or nothing in it can be read
+├── PlanError     a plan has unknown or missing keys, or does not fit its data
+└── RunError      a run directory belongs to another plan, or is damaged, or a run finds nothing that it can read
 """
 
 from pathlib import Path
@@ -25,9 +26,17 @@ class DataMissing(OfflineError):
         )
 
 
+class DataError(OfflineError):
+    """Data has another layout than it should, or nothing in it can be read."""
+
+    def __init__(self, data: str, reason: str) -> None:
+        self.data, self.reason = data, reason
+        super().__init__(f"{data}: {reason}")
+
+
 class PlanError(OfflineError):
-    """A plan has unknown or missing keys."""
+    """A plan has unknown or missing keys, or does not fit its data."""
 
 
 class RunError(OfflineError):
-    """A run directory belongs to another plan, or is damaged."""
+    """A run directory belongs to another plan, or is damaged, or a run finds nothing that it can read."""

@@ -8,13 +8,14 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL.Image import Image
 
-from offline.errors import DATA_VARIABLE, DataMissing
+from offline.errors import DATA_VARIABLE, DataError, DataMissing
 from perception.image import decode
 
 DEFAULT_DATA = Path("../shared/data")
@@ -43,18 +44,41 @@ def data_root(root: Path | None = None) -> Path:
 
 
 def open_archive(path: Path) -> zipfile.ZipFile:
-    """Open a zip, or raise DataMissing with the path that was tried."""
+    """Open a zip.
+
+    Raises:
+        DataMissing: it is not there.
+        DataError: it is no zip.
+    """
     if not path.is_file():
         raise DataMissing(path)
-    return zipfile.ZipFile(path)
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise DataError(str(path), f"is not a readable zip: {error}") from error
+
+
+def read_rows(archive: zipfile.ZipFile) -> list[dict[str, str]]:
+    """The rows of an archive's `labels.csv` (columns `file`, optional `class`, any others).
+
+    Raises:
+        DataError: there is no such table, or it is damaged.
+    """
+    try:
+        text = archive.read("labels.csv").decode("utf8")
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    except (KeyError, OSError, ValueError, zipfile.BadZipFile, zlib.error, csv.Error) as error:
+        raise DataError(str(archive.filename), f"has no readable labels.csv: {error}") from error
+    for number, row in enumerate(rows, 2):
+        if "file" not in row or None in row or None in row.values():
+            raise DataError(str(archive.filename), f"labels.csv, row {number}: needs a column 'file' and no gaps")
+    return rows
 
 
 def read_labelled_zip(path: Path) -> Iterator[Example]:
-    """Yield the images of a zip with a `labels.csv` (columns `file`, optional `class`), in table order."""
+    """Yield the images of a zip with a `labels.csv`, in table order."""
     with open_archive(path) as archive:
-        with archive.open("labels.csv") as table:
-            rows = list(csv.DictReader(io.TextIOWrapper(table, "utf8")))
-        for row in rows:
+        for row in read_rows(archive):
             image = decode(archive.read(row["file"])).frames[0].image
             yield Example(row["file"], image, row.get("class", ""), row)
 
@@ -64,17 +88,60 @@ def first_lemma(name: str) -> str:
     return name.split(",")[0].strip()
 
 
-def read_mosaic_zip(path: Path) -> Iterator[Example]:
-    """Yield the tiles of a zip of mosaics, one mosaic a class (`classes.json`: name, n, cols, tile in px)."""
-    with open_archive(path) as archive:
+@dataclass(frozen=True)
+class Mosaic:
+    """One class of a mosaic archive: tiles in rows, in one image.
+
+    Attributes:
+        wnid: WordNet id of the class; the image's file name without `.jpg`.
+        lemmas: the class's names, separated by commas.
+        tiles, columns: how many, in all and in a full row.
+        tile_px: width and height of a tile.
+    """
+
+    wnid: str
+    lemmas: str
+    tiles: int
+    columns: int
+    tile_px: int
+
+    @property
+    def file(self) -> str:
+        """The image's member of the archive."""
+        return f"{self.wnid}.jpg"
+
+    def box(self, tile: int) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom) of a tile, in px."""
+        left, top = tile % self.columns * self.tile_px, tile // self.columns * self.tile_px
+        return left, top, left + self.tile_px, top + self.tile_px
+
+
+def read_mosaics(archive: zipfile.ZipFile) -> list[Mosaic]:
+    """The classes of an archive's `classes.json` (by WordNet id: name, n, cols, tile), in the order of their ids.
+
+    Raises:
+        DataError: there is no such table, or it is damaged.
+    """
+    try:
         classes = json.loads(archive.read("classes.json"))
-        for wnid in sorted(classes):
-            entry = classes[wnid]
-            mosaic = decode(archive.read(f"{wnid}.jpg")).frames[0].image
-            tile = entry["tile"]
-            for i in range(entry["n"]):
-                left, top = i % entry["cols"] * tile, i // entry["cols"] * tile
-                image = mosaic.crop((left, top, left + tile, top + tile))
-                yield Example(
-                    f"{wnid}/{i:03d}", image, first_lemma(entry["name"]), {"wnid": wnid, "lemmas": entry["name"]}
-                )
+        mosaics = [
+            Mosaic(wnid, str(entry["name"]), int(entry["n"]), int(entry["cols"]), int(entry["tile"]))
+            for wnid, entry in sorted(classes.items())
+        ]
+    except (KeyError, OSError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(str(archive.filename), f"has no readable classes.json: {error!r}") from error
+    for mosaic in mosaics:
+        if mosaic.tiles < 0 or mosaic.columns < 1 or mosaic.tile_px < 1:
+            raise DataError(str(archive.filename), f"classes.json: sizes of {mosaic.wnid} must be positive")
+    return mosaics
+
+
+def read_mosaic_zip(path: Path) -> Iterator[Example]:
+    """Yield the tiles of a zip of mosaics, one mosaic a class."""
+    with open_archive(path) as archive:
+        for mosaic in read_mosaics(archive):
+            whole = decode(archive.read(mosaic.file)).frames[0].image
+            fields = {"wnid": mosaic.wnid, "lemmas": mosaic.lemmas}
+            for i in range(mosaic.tiles):
+                image = whole.crop(mosaic.box(i))
+                yield Example(f"{mosaic.wnid}/{i:03d}", image, first_lemma(mosaic.lemmas), fields)

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from offline.data.archives import read_labelled_zip, read_mosaic_zip
+from offline.data.batches import EpochOrder
 
 PROMPTS = ("a photo of a {}", "{}", "a picture of a {}", "a close-up photo of a {}", "a photo of one {}")
 PHOTO_PX = 128
@@ -116,12 +117,7 @@ def augment(images: Images, size_px: int, min_crop_area: float, rng: np.random.G
 
 def epoch_indices(n: int, batch: int, step: int, seed: int, stream: int) -> NDArray[np.int64]:
     """The step's `batch` indices into a source of n, walking a fresh permutation each epoch."""
-    picked: list[int] = []
-    while len(picked) < batch:
-        epoch, offset = divmod(step * batch + len(picked), n)
-        order = np.random.default_rng([seed, stream, epoch]).permutation(n)
-        picked.extend(order[offset : offset + batch - len(picked)].tolist())
-    return np.array(picked, dtype=np.int64)
+    return EpochOrder(n, seed, stream).indices(batch, step)
 
 
 class TextBank:
