@@ -1,0 +1,1 @@
+"""Attacks on encoders: each maximises an objective within a threat model."""
