@@ -21,6 +21,7 @@ from indexer.errors import InvalidLabel, SourceError
 from indexer.sources.item import Skipped, SourceItem, as_text, stamp_of
 from perception.errors import ImageTooLarge
 from perception.image import IMAGE_EXTENSIONS, ImageLimits
+from perception.tar import StrictTarInfo
 
 _ANNOTATIONS = frozenset({"cls", "txt", "json"})
 _MAX_ANNOTATION_BYTES = 64 * 1024  # of labels, captions and metadata: they are held in memory and served
@@ -74,7 +75,7 @@ class TarSource:
         stamp = stamp_of(path)
         sample = _Sample("", shard, stamp)
         try:
-            with tarfile.open(path, "r|*", tarinfo=_StrictTarInfo) as archive:
+            with tarfile.open(path, "r|*", tarinfo=StrictTarInfo) as archive:
                 for member in archive:
                     archive.members.clear()  # type: ignore[attr-defined]  # else all headers stay in memory
                     if member.isdir():
@@ -151,19 +152,6 @@ class _Sample:
         if kind == "pools" and label not in POOL_LABELS:
             raise InvalidLabel(label, POOL_LABELS, f"sample {self.key!r}")
         return label, metadata
-
-
-class _StrictTarInfo(tarfile.TarInfo):
-    """Makes damage in the middle an error: tarfile takes a broken header for the end of the archive."""
-
-    @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> "_StrictTarInfo":
-        try:
-            return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            raise  # the zero blocks at the end
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f"damaged or truncated: {error}") from error
 
 
 def _split(name: str) -> tuple[str, str]:

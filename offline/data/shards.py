@@ -24,6 +24,7 @@ from offline.data.classes import Naming, index_classes, is_integer, name_classes
 from offline.data.examples import IndexedImages, first_view, read_exactly, read_range
 from offline.errors import DataError, DataMissing, PlanError
 from perception.image import IMAGE_EXTENSIONS
+from perception.tar import StrictTarInfo
 
 _MAX_ANNOTATION_BYTES = 64 * 1024
 _MAX_RANGE = 100_000  # shards of one brace range
@@ -117,19 +118,6 @@ class _Entry:
     size: int
 
 
-class _StrictTarInfo(tarfile.TarInfo):
-    """Makes damage in the middle an error: tarfile takes a broken header for the end of the archive."""
-
-    @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> "_StrictTarInfo":
-        try:
-            return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            raise  # the zero blocks at the end
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f"damaged or truncated: {error}") from error
-
-
 def _scan(shard: Path, problems: list[str]) -> Iterator[_Entry]:
     try:
         with shard.open("rb") as file:
@@ -151,7 +139,7 @@ def _refuse_compressed(shard: Path, file: BinaryIO) -> None:
 
 def _members(file: BinaryIO, shard: Path, problems: list[str]) -> Iterator[_Member]:
     """The regular files of an archive; raises one of _DAMAGE where it ends too early."""
-    with tarfile.open(fileobj=file, mode="r:", tarinfo=_StrictTarInfo) as archive:
+    with tarfile.open(fileobj=file, mode="r:", tarinfo=StrictTarInfo) as archive:
         while (info := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # else all headers stay in memory
             if info.size < 0:  # would lead tarfile back, and round in a circle
