@@ -58,6 +58,70 @@ def pretrain(
     print(f"run directory: {run}" + ("" if stop_after else f"; encoder: local-dir:{run / 'export'}"))
 
 
+@app.command
+def finetune(
+    config: Path,
+    *,
+    run: Path,
+    data: DataFolder = None,
+    cpu: bool = False,
+    workers: int = 0,
+    threads: int | None = None,
+    stop_after: int | None = None,
+) -> None:
+    """Fine-tune an encoder adversarially (FARE, TeCoA), or go on with a run that was stopped.
+
+    The processes of `torchrun --nproc_per_node N --no-python -- hardlook-lab finetune ...` share each batch, and do
+    together what one process does alone.
+
+    Args:
+        config: A plan such as offline/configs/finetune_fare4.toml, which says what it costs and should reach.
+        run: Run directory; the same plan and directory resume.
+        cpu: Do not use a GPU.
+        workers: Processes that read images; 0 reads in a thread.
+        threads: CPU threads of each process; default all.
+        stop_after: Stop with a checkpoint after this many updates.
+    """
+    import os
+
+    import torch
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from offline.data.archives import data_root
+    from offline.finetune.loop import finetune as run_finetuning
+    from offline.finetune.plan import plan_from_table
+
+    if threads:
+        torch.set_num_threads(threads)
+    plan = plan_from_table(tomllib.loads(config.read_text("utf8")))
+    quiet = os.environ.get("RANK", "0") != "0"
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=quiet) as progress:
+        task = progress.add_task("loading", total=plan.steps)
+        updates = run_finetuning(plan, data_root(data), run, cpu=cpu, workers=workers, stop_after=stop_after)
+        for done, figures in updates:
+            progress.update(task, completed=done, description=f"{plan.method} loss {figures['loss']:.3f}")
+    if not quiet:
+        finished = stop_after is None or stop_after >= plan.steps
+        print(f"run directory: {run}" + (f"; encoder: local-dir:{run / 'export'}" if finished else ""))
+
+
+@app.command
+def export(*, encoder: EncoderName, out: Path, half: bool = False) -> None:
+    """Write an encoder as one folder in its family's published format, with its text tower if it has one.
+
+    Args:
+        out: Folder for the configuration and the weights.
+        half: Write fp16 instead of fp32.
+    """
+    import torch
+
+    from perception import load_encoder
+
+    load_encoder(encoder).export(out, dtype=torch.float16 if half else torch.float32)
+    print(f"local-dir:{out} (fingerprint {load_encoder(f'local-dir:{out}').fingerprint})")
+
+
 @benchmark.command
 def embedding(
     *, encoder: EncoderName, precision: Precision = "fp32", data: DataFolder = None, json_file: JsonFile = None
@@ -91,6 +155,59 @@ def moderation(*, encoder: EncoderName, gallery: Path, data: DataFolder = None, 
     for name, value in figures.items():
         print(f"{name:34} {value}")
     _write_json(json_file, figures)
+
+
+@benchmark.command
+def robustness(
+    *,
+    encoder: Annotated[list[str], Parameter(help="Repeat for several; catalogue name, 'local-dir:...' and so on.")],
+    run: Path,
+    limit: int | None = None,
+    steps: int = 100,
+    linf: str = "4/255",
+    l2: str = "3",
+    seed: int = 0,
+    batch: int = 64,
+    threads: int | None = None,
+    data: DataFolder = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Caltech-101 nearest neighbours, clean and under APGD (linf and l2), or go on with a run that was stopped.
+
+    Args:
+        run: Run directory; the same plan resumes, and further encoders may join.
+        limit: The first so many of a seeded shuffle of the 1,025 queries; default all.
+        steps: Steps of APGD.
+        linf: Radius, such as 4/255.
+        l2: Radius at 224 px; scaled with the side of the encoder's input.
+        seed: Of the shuffle and the random starts.
+        batch: Images attacked together.
+        threads: CPU threads; default all.
+    """
+    import torch
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    from offline.benchmarks.robustness import RECORDS_NAME, RobustnessPlan, run_robustness
+    from offline.benchmarks.robustness_records import RecordFile, summarise, table
+    from offline.data.archives import data_root
+    from offline.threat import parse_eps
+
+    if threads:
+        torch.set_num_threads(threads)
+    plan = RobustnessPlan(parse_eps(linf), parse_eps(l2), steps, limit, seed, batch)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bars(*columns) as bars:
+        tasks = {}
+        for now in run_robustness(encoder, data=data_root(data), run=run, plan=plan):
+            key = (now.encoder, now.threat)
+            if key not in tasks:
+                tasks[key] = bars.add_task("", total=now.total)
+            text = f"{now.encoder} {now.threat.norm}: {now.clean} right, {now.robust} robust"
+            bars.update(tasks[key], completed=now.done, description=text)
+    rows = summarise(RecordFile(run / RECORDS_NAME).read())
+    print(table(rows), end="")
+    _write_json(json_file, {"rows": [row.as_dict() for row in rows]})
 
 
 @app.command

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from offline.data.training import SOURCES, Source, TextBank, augment, epoch_indices, load_sources, to_signed
 from offline.errors import PlanError
+from offline.finetune.schedule import warmup_cosine
 from offline.finetune.teacher import load_teacher, restore_batch_norm
 from offline.runs import RunDirectory, adam_tensors, restore_adam
 
@@ -148,13 +149,6 @@ class TargetSpace:
         return F.normalize(features @ self.weight.T + self.bias, dim=-1)
 
 
-def learning_rate(step: int, steps: int, warmup_steps: int) -> float:
-    """Factor of the peak rate for update `step` (0-based): linear warm-up, then cosine to 0."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
-
-
 class Pretraining:
     """The state of one run: the model, its targets and the optimizer of each phase."""
 
@@ -202,7 +196,7 @@ class Pretraining:
             phase, within, steps, peak = "text", step - plan.image_steps, plan.text_steps, plan.text_lr
         optimizer, rng = self.optimizers[phase], np.random.default_rng([plan.seed, 7, step])
         for group in optimizer.param_groups:
-            group["lr"] = peak * learning_rate(within, steps, plan.warmup_steps)
+            group["lr"] = peak * warmup_cosine(within, steps, plan.warmup_steps)
         loss, figures = self._image_loss(within, rng) if phase == "image" else self._text_loss(within, rng)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

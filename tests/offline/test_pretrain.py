@@ -1,7 +1,6 @@
 """Pretraining: the target space, the schedule, and a resumed run that is the run itself."""
 
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import nn
 from offline.data.training import SOURCES, Source
 from offline.errors import PlanError
 from offline.finetune import pretrain as module
-from offline.finetune.pretrain import PretrainPlan, TargetSpace, learning_rate, plan_from_table, pretrain
+from offline.finetune.pretrain import PretrainPlan, TargetSpace, plan_from_table, pretrain
 from offline.finetune.teacher import restore_batch_norm
 
 PLAN = PretrainPlan(
@@ -31,15 +30,6 @@ def test_target_space_is_the_principal_components_of_standardised_features() -> 
     _, _, components = torch.linalg.svd(standard, full_matrices=False)
     expected = nn.functional.normalize(standard @ components[:16].T, dim=-1)
     torch.testing.assert_close(space(features), expected, atol=1e-3, rtol=0)
-
-
-def test_the_schedule_warms_up_and_ends_near_zero() -> None:
-    rates = [learning_rate(s, 100, 10) for s in range(100)]
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[9] == rates[10] == 1.0
-    assert rates[55] == pytest.approx(0.5)
-    assert rates[-1] < 0.001
-    assert all(a >= b for a, b in pairwise(rates[10:]))
 
 
 def test_unknown_and_missing_keys_of_a_plan_are_named() -> None:
