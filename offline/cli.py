@@ -41,20 +41,18 @@ def pretrain(
         stop_after: Stop with a checkpoint after this step of the plan.
     """
     import torch
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from offline.data.archives import data_root
     from offline.finetune.pretrain import plan_from_table
     from offline.finetune.pretrain import pretrain as run_pretraining
+    from offline.progress import ProgressDisplay
 
     if threads:
         torch.set_num_threads(threads)
     plan = plan_from_table(tomllib.loads(config.read_text("utf8")))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task("loading", total=plan.steps)
+    with ProgressDisplay() as display:
         for step, losses in run_pretraining(plan, data_root(data), run, stop_after):
-            progress.update(task, completed=step, description=f"loss {losses['loss']:.3f}")
+            display.update("pretrain", step, plan.steps, f"loss {losses['loss']:.3f}")
     print(f"run directory: {run}" + ("" if stop_after else f"; encoder: local-dir:{run / 'export'}"))
 
 
@@ -85,22 +83,20 @@ def finetune(
     import os
 
     import torch
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from offline.data.archives import data_root
     from offline.finetune.loop import finetune as run_finetuning
     from offline.finetune.plan import plan_from_table
+    from offline.progress import ProgressDisplay
 
     if threads:
         torch.set_num_threads(threads)
     plan = plan_from_table(tomllib.loads(config.read_text("utf8")))
     quiet = os.environ.get("RANK", "0") != "0"
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=quiet) as progress:
-        task = progress.add_task("loading", total=plan.steps)
+    with ProgressDisplay(quiet=quiet) as display:
         updates = run_finetuning(plan, data_root(data), run, cpu=cpu, workers=workers, stop_after=stop_after)
         for done, figures in updates:
-            progress.update(task, completed=done, description=f"{plan.method} loss {figures['loss']:.3f}")
+            display.update("finetune", done, plan.steps, f"{plan.method} loss {figures['loss']:.3f}")
     if not quiet:
         finished = stop_after is None or stop_after >= plan.steps
         print(f"run directory: {run}" + (f"; encoder: local-dir:{run / 'export'}" if finished else ""))
@@ -185,26 +181,20 @@ def robustness(
         threads: CPU threads; default all.
     """
     import torch
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
 
     from offline.benchmarks.robustness import RECORDS_NAME, RobustnessPlan, run_robustness
     from offline.benchmarks.robustness_records import RecordFile, summarise, table
     from offline.data.archives import data_root
+    from offline.progress import ProgressDisplay
     from offline.threat import parse_eps
 
     if threads:
         torch.set_num_threads(threads)
     plan = RobustnessPlan(parse_eps(linf), parse_eps(l2), steps, limit, seed, batch)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bars(*columns) as bars:
-        tasks = {}
+    with ProgressDisplay() as display:
         for now in run_robustness(encoder, data=data_root(data), run=run, plan=plan):
-            key = (now.encoder, now.threat)
-            if key not in tasks:
-                tasks[key] = bars.add_task("", total=now.total)
             text = f"{now.encoder} {now.threat.norm}: {now.clean} right, {now.robust} robust"
-            bars.update(tasks[key], completed=now.done, description=text)
+            display.update(f"{now.encoder} {now.threat}", now.done, now.total, text)
     rows = summarise(RecordFile(run / RECORDS_NAME).read())
     print(table(rows), end="")
     _write_json(json_file, {"rows": [row.as_dict() for row in rows]})

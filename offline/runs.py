@@ -46,6 +46,8 @@ class RunDirectory:
         partial = target.with_suffix(".partial")
         contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         save_file(contiguous, partial, metadata={"state": json.dumps(state)})
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())  # on the disk before it takes the old one's place: power may fail too
         os.replace(partial, target)
 
     def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
