@@ -31,9 +31,10 @@ class RunDirectory:
         path.mkdir(parents=True, exist_ok=True)
         plan_path = path / "plan.json"
         text = json.dumps(plan, indent=2, sort_keys=True) + "\n"
-        if plan_path.exists() and plan_path.read_text() != text:
+        if not plan_path.exists():
+            write_atomically(plan_path, text.encode())
+        elif plan_path.read_text() != text:
             raise RunError(f"{path} holds a run of another plan; choose another --run folder or remove it")
-        write_atomically(plan_path, text.encode())
 
     def log(self, **event: Any) -> None:
         """Append one event to metrics.jsonl."""

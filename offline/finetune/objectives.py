@@ -63,8 +63,9 @@ class Tecoa:
         return labels
 
     def logits(self, features: Tensor) -> Tensor:
-        """(b, d) un-normalised embeddings -> (b, c)."""
-        return LOGIT_SCALE * F.normalize(features, dim=-1) @ self.class_embeddings.T
+        """(b, d) un-normalised embeddings -> (b, c), in fp32 even under autocast: bf16 has 8 bits for 100 x cosine."""
+        with torch.autocast(features.device.type, enabled=False):
+            return LOGIT_SCALE * F.normalize(features.float(), dim=-1) @ self.class_embeddings.T
 
     def per_image(self, features: Tensor, target: Tensor) -> Tensor:
         """See `FinetuneObjective`."""

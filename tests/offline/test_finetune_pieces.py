@@ -43,6 +43,15 @@ def test_tecoa_is_cross_entropy_of_a_hundred_times_the_cosine() -> None:
     assert tecoa.per_image(features, target).tolist() == pytest.approx(expected, rel=1e-5)
 
 
+def test_logits_are_fp32_under_autocast() -> None:
+    tecoa = Tecoa(torch.eye(2))
+    features = torch.tensor([[0.6001, 0.79993]])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = tecoa.logits(features)
+    assert torch.equal(under, tecoa.logits(features))
+    assert under.dtype == torch.float32
+
+
 def test_tecoa_refuses_images_without_a_class() -> None:
     with pytest.raises(PlanError, match="class for every image"):
         Tecoa(torch.eye(2)).target(torch.ones(2, 2), torch.tensor([0, -1]))

@@ -27,6 +27,7 @@ from offline.finetune.plan import FinetunePlan, plan_from_table
 from perception import load_encoder
 from perception.errors import CheckpointError
 from perception.testing import synthetic_image
+from tests.offline.data_layouts import labelled_zip, mosaic_zip, samples, shard
 from tests.perception.dino_checkpoints import DINOV2, VIT, published_state, write
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
@@ -243,6 +244,25 @@ def test_a_source_without_one_readable_image_ends_the_run(plan: Callable[..., Fi
         (tmp_path / f"train/a/{i}.png").write_bytes(b"no image")
     with pytest.raises(RunError, match="100 images of train in a row cannot be read"):
         run(plan(held_out=[]), tmp_path, tmp_path / "run")
+
+
+def test_all_kinds_of_sources_make_one_batch(plan: Callable[..., FinetunePlan], world: Path, tmp_path: Path) -> None:
+    shard(tmp_path / "a.tar", samples(["red fox", "yak"]))
+    rows = [{"file": f"{i}.png", "class": "yak", "split": split} for i, split in enumerate(("train", "bench"))]
+    labelled_zip(tmp_path / "b.zip", rows)
+    mosaic_zip(tmp_path / "c.zip", {"n01": ("red fox, Vulpes vulpes", 2), "n02": ("tea pot", 3)})
+    train = [
+        {"kind": "folder", "path": str(world / "train"), "per_batch": 1},
+        {"kind": "tar", "path": "a.tar", "per_batch": 1},
+        {"kind": "labelled-zip", "path": "b.zip", "where": {"split": "train"}, "per_batch": 1},
+        {"kind": "mosaic", "path": ["c.zip"], "per_batch": 1},
+    ]
+    mixed = plan(method="tecoa", train=train, held_out=[])
+    sources = joined([open_source(source, tmp_path) for source in mixed.train])
+    assert sorted(names[0] for names in sources.class_names) == ["red fox", "sports car", "tea pot", "yak"]
+    assert run(mixed, tmp_path, tmp_path / "one").keys() == run(mixed, tmp_path, tmp_path / "two", workers=2).keys()
+    assert_same(*(load_file(tmp_path / name / "export/open_clip_model.safetensors") for name in ("one", "two")))
+    assert events(tmp_path / "one", "unreadable") == []
 
 
 def test_another_plan_or_encoder_does_not_resume(
