@@ -33,7 +33,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and safetensors readers raise many types
-        raise CheckpointError(f"cannot read weights {path}: {str(error).splitlines()[0][:200]}") from error
+        raise CheckpointError(
+            f"cannot read weights {path}: {(str(error) or repr(error)).splitlines()[0][:200]}"
+        ) from error
     for key in ("state_dict", "vision_encoder_state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

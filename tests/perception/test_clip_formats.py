@@ -189,7 +189,7 @@ def test_an_unreachable_hub_names_the_choices(
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
     with pytest.raises(
-        HubUnreachable, match=r"owner/model.*ConnectionError: no route to host.*local-dir.*bundled/clean"
+        HubUnreachable, match=r"owner/model.*ConnectionError: no route to host.*local-dir.*bundled/fare4"
     ):
         load_encoder("hf-hub:owner/model")
     assert "retrying" not in caplog.text
@@ -211,3 +211,10 @@ def test_a_hub_model_loads_from_where_the_client_put_it(
     encoder = load_encoder("hf-hub:owner/model@v2")
     assert encoder.fingerprint == load_encoder(f"local-dir:{small[1]}").fingerprint
     assert asked[0] == ("owner/model", "open_clip_config.json", "v2")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_an_empty_file_is_a_checkpoint_error(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / f"empty{suffix}").touch()
+    with pytest.raises(CheckpointError, match="cannot read weights"):
+        load_encoder(f"visual:ViT-B-32:{tmp_path / f'empty{suffix}'}")
