@@ -129,3 +129,19 @@ def test_a_scaled_l2_radius_allows_the_same_change_to_each_pixel() -> None:
 
     assert scaled_l2_eps(3.0, 224) == 3.0
     assert strength(128) == pytest.approx(strength(224))
+
+
+@pytest.mark.parametrize("eps", [0.5, 3 * 128 / 224, 3.0])
+def test_l2_projection_stays_in_the_ball_at_the_size_of_real_images(eps: float) -> None:
+    """Summed in float32, norms of 49,152 values are off by more than a millionth."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(16, 3, 128, 128, generator=generator).contiguous(memory_format=torch.channels_last)
+    threat = ThreatModel("l2", eps)
+    perturbed = 0.4 + 0.2 * pixels
+    for _ in range(20):
+        step = torch.randn(pixels.shape, generator=generator)
+        perturbed = threat.project(perturbed + 0.02 * step, 0.4 + 0.2 * pixels)
+        assert bool(threat.contains(perturbed, 0.4 + 0.2 * pixels).all())
+        distance = threat.distance(perturbed, 0.4 + 0.2 * pixels)
+        assert distance.max() <= eps * (1 + 3e-7)
+    assert distance.min() > eps * (1 - 1e-4)
