@@ -137,8 +137,8 @@ def scaled_l2_eps(eps_at_224: float, size_px: int) -> float:
 
 
 def _norms(tensor: Tensor) -> Tensor:
-    """l2 norm of each image, (b, 1, 1, 1), summed in float64: in float32 it can be off by more than `contains` allows."""
-    norms = torch.linalg.vector_norm(tensor, dim=(1, 2, 3), keepdim=True, dtype=torch.float64)
+    """l2 norm of each image, (b, 1, 1, 1), summed in float64: float32 can be off by more than `contains` allows."""
+    norms: Tensor = torch.linalg.vector_norm(tensor, dim=(1, 2, 3), keepdim=True, dtype=torch.float64)
     return norms.to(tensor.dtype)
 
 

@@ -1,27 +1,27 @@
-"""APGD, the projected gradient ascent of AutoAttack with step sizes that each image chooses for itself (methods 5.1).
+"""APGD, AutoAttack's projected gradient ascent with step sizes that each image chooses for itself (methods 5.1)."""
 
-Images that are fooled leave the batch, so that the time goes into those that resist.
-"""
-
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from offline.attacks.base import Attacked, AttackResult
-from offline.criteria import Criterion
+from offline.attacks.base import AttackResult
+from offline.attacks.search import GradientAttack, Problem, Search, Start, follow, lowest
 from offline.errors import PlanError
-from offline.objectives import Objective
 from offline.threat import ThreatModel
-from perception.errors import NonFiniteEmbedding
 
-Start = Literal["boundary", "uniform", "clean"]
+Stages = tuple[tuple[float, float], ...]
+"""(factor of eps, share of the steps) of each stage of a run; the last factor is 1."""
+
+ONE_STAGE: Stages = ((1.0, 1.0),)
+LARGER_EPS: Stages = ((2.0, 0.3), (1.5, 0.3), (1.0, 0.4))  # methods 5.2
+LARGER_EPS_L1: Stages = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))  # AutoAttack's, made for l1
 
 
 @dataclass(frozen=True)
-class Apgd:
+class Apgd(GradientAttack):
     """Auto-PGD for linf and l2.
 
     `z = P(x_i + eta dir(g_i)); x_{i+1} = P(x_i + a (z - x_i) + (1 - a) (x_i - x_{i-1}))` with a = 1 at first. At each
@@ -29,7 +29,7 @@ class Apgd:
     kept, halves its step size and goes on from its best point.
 
     Attributes:
-        steps: updates; there is one forward pass more, and no gradient after the last.
+        steps: updates; there is one forward pass more for each stage, and no gradient after a stage's last.
         restarts: runs from different starts, each on those that are not yet fooled.
         start: 'boundary' is AutoAttack's random start, 'uniform' draws from the whole ball's box, 'clean' has none.
         alpha: first step size in units of eps.
@@ -37,6 +37,8 @@ class Apgd:
         rho: share of rising steps below which the step size is halved.
         parity: count as AutoAttack's code does at the first checkpoint, where it compares the first loss with zero in
             place of the start's, as the paper defines it.
+        stages: searches in balls of decreasing radius such as `LARGER_EPS`, each from the projection of the best point
+            of the one before. Only the last one's points lie in the threat model, and only there images can be fooled.
     """
 
     steps: int = 100
@@ -46,91 +48,54 @@ class Apgd:
     momentum: float = 0.75
     rho: float = 0.75
     parity: bool = False
+    stages: Stages = ONE_STAGE
 
     def __post_init__(self) -> None:
         """Check the values.
 
         Raises:
-            PlanError: fewer than one step or restart, or no such start.
+            PlanError: fewer than one step or restart, no such start, or impossible stages.
         """
-        for name in ("steps", "restarts"):
-            if getattr(self, name) < 1:
-                raise PlanError(f"APGD's {name} must be at least 1, got {getattr(self, name)}")
-        if self.start not in get_args(Start):
-            raise PlanError(f"APGD's start must be one of {', '.join(get_args(Start))}, got {self.start!r}")
-
-    def attack(
-        self,
-        encoder: Attacked,
-        objective: Objective,
-        criterion: Criterion | None,
-        pixels: Tensor,
-        threat: ThreatModel,
-        *,
-        generator: torch.Generator,
-    ) -> AttackResult:
-        """See `offline.attacks.base.Attack`.
-
-        Raises:
-            PlanError: start 'clean' with an objective that has no gradient there.
-            NonFiniteEmbedding: an embedding is not finite; the rows are those of `pixels`.
-        """
-        if self.start == "clean" and objective.needs_random_start:
-            raise PlanError(f"{type(objective).__name__} has no gradient at the clean image: start must be random")
-        pixels = pixels.detach()
-        found = AttackResult(
-            adversarial=pixels.clone(),
-            fooled=torch.zeros(len(pixels), dtype=torch.bool, device=pixels.device),
-            objective=torch.full((len(pixels),), -torch.inf, dtype=pixels.dtype, device=pixels.device),
-            updates=torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device),
-        )
-        for _ in range(self.restarts):
-            start = self._start(pixels, threat, generator)  # of all, so that nobody's start depends on who has left
-            rows = torch.nonzero(~found.fooled).flatten()
-            if len(rows):
-                search = _Search.begin(rows, pixels[rows], start[rows], self.alpha * threat.eps)
-                self._run(search, encoder, objective, criterion, threat, found)
-        return found
-
-    def _start(self, pixels: Tensor, threat: ThreatModel, generator: torch.Generator) -> Tensor:
-        if self.start == "clean":
-            return pixels.clone()
-        draw = threat.boundary_start if self.start == "boundary" else threat.random_start
-        return draw(pixels, generator)
-
-    def _run(
-        self,
-        search: "_Search",
-        encoder: Attacked,
-        objective: Objective,
-        criterion: Criterion | None,
-        threat: ThreatModel,
-        found: AttackResult,
-    ) -> None:
-        """One run from `search`'s start, whose outcome goes into `found`."""
-        checks = dict(checkpoints(self.steps))
-        for step in range(self.steps + 1):
-            if step:
-                self._move(search, threat, first=step == 1)
-            embeddings, value, gradient = _forward(
-                encoder, objective.rows(search.rows), search, with_gradient=step < self.steps
+        self._require_counts("steps", "restarts")
+        self._require_start()
+        factors, shares = [factor for factor, _ in self.stages], [share for _, share in self.stages]
+        falling = factors == sorted(factors, reverse=True) and factors[-1:] == [1.0]
+        if not (falling and min(shares) > 0 and math.isclose(sum(shares), 1.0)):
+            raise PlanError(
+                f"APGD's stages need factors that fall to 1 and positive shares that sum to 1, got {self.stages}"
             )
-            search.observe(value, gradient, first=step == 0, zero_first=self.parity)
-            if criterion is not None:
-                fooled = criterion.rows(search.rows)(embeddings).to(value.device)
-                search.leave(fooled, step, found)
-                if not len(search.rows):
-                    return
-            if step in checks:
-                search.check(self.rho * checks[step])
-        search.finish(self.steps, found)
+        if min(self._stage_steps()) < 1:
+            raise PlanError(f"APGD's {self.steps} steps are too few for its stages {self.stages}")
 
-    def _move(self, search: "_Search", threat: ThreatModel, *, first: bool) -> None:
-        x, a = search.current, 1.0 if first else self.momentum
-        step_size = search.step_size.view(-1, 1, 1, 1)
-        ahead = threat.project(x + step_size * threat.steepest(search.gradient), search.pixels)
-        moved = threat.project(x + a * (ahead - x) + (1 - a) * (x - search.previous), search.pixels)
-        search.previous, search.current = x, moved
+    def _stage_steps(self) -> list[int]:
+        before = [math.ceil(share * self.steps) for _, share in self.stages[:-1]]
+        return [*before, self.steps - sum(before)]
+
+    def _stage_threat(self, threat: ThreatModel, stage: int) -> ThreatModel:
+        return replace(threat, eps=self.stages[stage][0] * threat.eps)
+
+    def _begin(self, problem: Problem, rows: Tensor, pixels: Tensor, generator: torch.Generator) -> "_Search":
+        threat = self._stage_threat(problem.threat, 0)
+        starts = self._starts(pixels, threat, generator)
+        return self._search(rows, pixels[rows], starts[rows], threat, 0)
+
+    def _search(self, rows: Tensor, pixels: Tensor, start: Tensor, threat: ThreatModel, stage: int) -> "_Search":
+        checks = dict(checkpoints(self._stage_steps()[stage]))
+        rules = _Rules(self.momentum, self.rho, self.parity, checks)
+        return _Search.begin(rows, pixels, start, self.alpha * threat.eps, rules)
+
+    def _run(self, search: Search, problem: Problem, found: AttackResult) -> None:
+        done = 0
+        for stage, steps in enumerate(self._stage_steps()):
+            threat = self._stage_threat(problem.threat, stage)
+            if stage:
+                start = threat.project(search.best, search.pixels)
+                search = self._search(search.rows, search.pixels, start, threat, stage)
+            last = stage == len(self.stages) - 1
+            criterion = problem.criterion if last else None
+            follow(search, replace(problem, threat=threat, criterion=criterion), steps, found, done)
+            done += steps
+        search.finish(done, found)
 
 
 def checkpoints(steps: int) -> Iterator[tuple[int, int]]:
@@ -143,106 +108,88 @@ def checkpoints(steps: int) -> Iterator[tuple[int, int]]:
         done += period
 
 
-def _forward(
-    encoder: Attacked, objective: Objective, search: "_Search", *, with_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`(embeddings (b, d), objective (b,), its gradient with respect to the pixels)` at the current points."""
-    with torch.set_grad_enabled(with_gradient):
-        at = search.current.detach().requires_grad_(with_gradient)
-        try:
-            embeddings = encoder.encode(at)
-        except NonFiniteEmbedding as error:  # its rows are those of the images still in the batch
-            raise NonFiniteEmbedding(tuple(search.rows[list(error.rows)].tolist())) from error
-        finite = torch.isfinite(embeddings.detach()).all(dim=1).to(at.device)
-        if not bool(finite.all()):
-            raise NonFiniteEmbedding(tuple(search.rows[~finite].tolist()))
-        value = objective(embeddings)
-    gradient = torch.autograd.grad(value.sum(), at)[0] if with_gradient else None
-    return embeddings.detach(), value.detach().to(at), gradient
+@dataclass(frozen=True)
+class _Rules:
+    """How a search goes; see `Apgd`. `checks` maps the updates of the checkpoints to the updates since the last."""
+
+    momentum: float
+    rho: float
+    parity: bool
+    checks: dict[int, int]
 
 
 @dataclass
-class _Search:
-    """Where each image that is still in the batch stands; every field has one row an image.
+class _Search(Search):
+    """Adds to `Search` what an image needs to choose its step size.
 
     Attributes:
-        rows: (k,) int64, the images' rows in the caller's batch.
-        pixels, current, previous, gradient: (k, 3, h, w) originals, points of this and the last step, gradient here.
-        best, best_gradient, best_value: the point of the highest objective, and what was found there.
+        previous, gradient: (k, 3, h, w) point of the last step, gradient at the current one.
+        best_gradient: (k, 3, h, w) what was found at the best point.
         value: (k,) objective here.
         rises: (k,) int64, how often the objective rose since the last checkpoint.
         step_size: (k,) in pixels.
         was_reduced: (k,) bool, whether the last checkpoint halved the step size; starts as True.
         best_at_check: (k,) best_value as of the last checkpoint.
+        rules: the same for all images.
     """
 
-    rows: Tensor
-    pixels: Tensor
-    current: Tensor
     previous: Tensor
     gradient: Tensor
-    best: Tensor
     best_gradient: Tensor
-    best_value: Tensor
     value: Tensor
     rises: Tensor
     step_size: Tensor
     was_reduced: Tensor
     best_at_check: Tensor
+    rules: _Rules
 
     @classmethod
-    def begin(cls, rows: Tensor, pixels: Tensor, start: Tensor, step_size: float) -> "_Search":
+    def begin(cls, rows: Tensor, pixels: Tensor, start: Tensor, step_size: float, rules: _Rules) -> "_Search":
         """At the start, before its objective is known."""
-        lowest = torch.full((len(rows),), -torch.inf, dtype=pixels.dtype, device=pixels.device)
         zeros = torch.zeros_like(pixels)
         return cls(
             rows=rows,
             pixels=pixels,
             current=start,
+            best=start.clone(),
+            best_value=lowest(pixels),
             previous=start,
             gradient=zeros,
-            best=start.clone(),
             best_gradient=zeros.clone(),
-            best_value=lowest,
-            value=lowest.clone(),
+            value=lowest(pixels),
             rises=torch.zeros_like(rows),
-            step_size=torch.full_like(lowest, step_size),
+            step_size=torch.full_like(lowest(pixels), step_size),
             was_reduced=torch.ones_like(rows, dtype=torch.bool),
-            best_at_check=lowest.clone(),
+            best_at_check=lowest(pixels),
+            rules=rules,
         )
 
-    def observe(self, value: Tensor, gradient: Tensor | None, *, first: bool, zero_first: bool) -> None:
-        """Take note of the objective and gradient at the current points.
+    def move(self, threat: ThreatModel, update: int) -> None:
+        """See `Search`."""
+        x, a = self.current, 1.0 if update == 1 else self.rules.momentum
+        step_size = self.step_size.view(-1, 1, 1, 1)
+        ahead = threat.project(x + step_size * threat.steepest(self.gradient), self.pixels)
+        moved = threat.project(x + a * (ahead - x) + (1 - a) * (x - self.previous), self.pixels)
+        self.previous, self.current = x, moved
 
-        Args:
-            value, gradient: of the current points; there is no gradient after the last update.
-            first: these are the starts.
-            zero_first: the first update is compared with an objective of zero, not with that of the start.
-        """
+    def observe(self, value: Tensor, gradient: Tensor | None, update: int) -> Tensor:
+        """See `Search`."""
         if gradient is not None:
             self.gradient = gradient
-        better = value > self.best_value
-        self.best[better] = self.current[better]
+        better = super().observe(value, gradient, update)
         self.best_gradient[better] = self.gradient[better]
-        self.best_value = torch.where(better, value, self.best_value)
-        if first:
-            self.best_at_check = value.clone()
-            self.value = torch.zeros_like(value) if zero_first else value
-        else:
+        if update:
             self.rises += value > self.value
             self.value = value
+        else:
+            self.best_at_check = value.clone()
+            self.value = torch.zeros_like(value) if self.rules.parity else value
+        return better
 
-    def leave(self, fooled: Tensor, updates: int, found: AttackResult) -> None:
-        """Record the images that fool at their current points, and keep the others alone."""
-        if not bool(fooled.any()):
-            return
-        rows = self.rows[fooled]
-        found.fooled[rows] = True
-        found.adversarial[rows] = self.current[fooled]
-        found.objective[rows] = found.objective[rows].maximum(self.best_value[fooled])
-        found.updates[rows] += updates
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name)[~fooled])
+    def adjust(self, update: int) -> None:
+        """See `Search`."""
+        if update in self.rules.checks:
+            self.check(self.rules.rho * self.rules.checks[update])
 
     def check(self, enough_rises: float) -> None:
         """A checkpoint: halve the step size and return to the best point where the search has stalled."""
@@ -253,11 +200,3 @@ class _Search:
         there = stalled.view(-1, 1, 1, 1)
         self.current = torch.where(there, self.best, self.current)
         self.gradient = torch.where(there, self.best_gradient, self.gradient)
-
-    def finish(self, updates: int, found: AttackResult) -> None:
-        """Record the best points of the images that were not fooled, where they beat those of earlier runs."""
-        better = self.best_value > found.objective[self.rows]
-        rows = self.rows[better]
-        found.adversarial[rows] = self.best[better]
-        found.objective[rows] = self.best_value[better]
-        found.updates[self.rows] += updates

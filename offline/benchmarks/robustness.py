@@ -12,7 +12,6 @@ forward pass of the encoder itself after norm and box have been checked. Every j
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from offline.errors import PlanError, RunError
 from offline.folding import fold
 from offline.objectives import EmbeddingShift
 from offline.runs import RunDirectory
+from offline.seeds import mixed_seed
 from offline.threat import ThreatModel, scaled_l2_eps
 from perception.encoder import Encoder
 from perception.encoders.tower import TowerEncoder
@@ -178,7 +178,7 @@ class _Judge:
         perturbed = pixels.clone()
         rows = torch.nonzero(correct).flatten()
         if len(rows):
-            generator = torch.Generator().manual_seed(_seed(self.plan.seed, number))
+            generator = torch.Generator().manual_seed(mixed_seed(self.plan.seed, number, bits=32))
             apgd, shift = Apgd(steps=self.plan.steps), EmbeddingShift(clean[rows])
             found = apgd.attack(self.attacked, shift, wrong.rows(rows), pixels[rows], threat, generator=generator)
             perturbed[rows] = found.adversarial
@@ -244,9 +244,3 @@ def run_robustness(
 def _progress(encoder: Encoder, threat: ThreatModel, seen: Sequence[Record], total: int) -> Progress:
     clean, robust = sum(r.clean_correct for r in seen), sum(r.robust for r in seen)
     return Progress(encoder.name, threat, len(seen), total, clean, robust)
-
-
-def _seed(*numbers: int) -> int:
-    """One seed below 2^32 from several numbers, all of which matter."""
-    sequence: Any = np.random.SeedSequence(numbers)
-    return int(sequence.generate_state(1)[0])

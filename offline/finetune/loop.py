@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -29,6 +28,7 @@ from offline.finetune.plan import FinetunePlan, SourcePlan
 from offline.finetune.schedule import warmup_cosine
 from offline.folding import fold
 from offline.runs import RunDirectory, adam_tensors, restore_adam
+from offline.seeds import mixed_seed
 from perception import load_encoder
 from perception.encoders.tower import TowerEncoder
 from perception.preprocess import PreprocessSpec
@@ -38,11 +38,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Figures = dict[str, float]
-
-
-def mixed_seed(*numbers: int) -> int:
-    """One seed below 2^63 from several numbers, all of which matter."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class Finetuning:

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from offline.attacks.apgd import Apgd, Start, _Search, checkpoints
-from offline.criteria import ArgmaxWrong, NearestNeighborWrong
+from offline.attacks.apgd import LARGER_EPS, LARGER_EPS_L1, Apgd, Stages, _Search, checkpoints
+from offline.attacks.search import Start
 from offline.errors import PlanError
-from offline.objectives import CrossEntropy, EmbeddingShift
+from offline.objectives import EmbeddingShift
 from offline.threat import Norm, ThreatModel
 from perception.encoder import unit_embeddings
 from perception.errors import NonFiniteEmbedding
@@ -157,23 +157,13 @@ def test_the_published_trajectory(
     assert seen[-1][2] == 0.00078125
 
 
-def test_linf_reaches_the_corner_of_a_linear_objective() -> None:
-    pixels = 0.3 + 0.4 * images(0)
+@pytest.mark.parametrize(("pixels", "eps"), [(0.3 + 0.4 * images(0), 0.1), (images(0), 0.2)], ids=["ball", "box too"])
+def test_linf_reaches_the_corner_of_a_linear_objective(pixels: Tensor, eps: float) -> None:
     weights = torch.randn(6, 48, generator=generator(1), dtype=torch.float64)
     found = Apgd(steps=20).attack(
-        Identity(), Linear(weights), None, pixels, ThreatModel("linf", 0.1), generator=generator()
+        Identity(), Linear(weights), None, pixels, ThreatModel("linf", eps), generator=generator()
     )
-    corner = pixels + 0.1 * weights.sign().view_as(pixels)
-    torch.testing.assert_close(found.adversarial, corner, atol=1e-12, rtol=0)
-
-
-def test_linf_reaches_the_corner_of_ball_and_box() -> None:
-    pixels = images(0)
-    weights = torch.randn(6, 48, generator=generator(1), dtype=torch.float64)
-    found = Apgd(steps=20).attack(
-        Identity(), Linear(weights), None, pixels, ThreatModel("linf", 0.2), generator=generator()
-    )
-    corner = (pixels + 0.2 * weights.sign().view_as(pixels)).clamp(0, 1)
+    corner = (pixels + eps * weights.sign().view_as(pixels)).clamp(0, 1)
     torch.testing.assert_close(found.adversarial, corner, atol=1e-12, rtol=0)
 
 
@@ -312,6 +302,58 @@ def test_the_generator_decides_alone() -> None:
     assert not torch.equal(first, other)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(("stages", "factors"), [(LARGER_EPS, (2, 1.5, 1)), (LARGER_EPS_L1, (3, 2, 1))])
+def test_larger_radii_come_first(norm: Norm, stages: Stages, factors: tuple[float, ...]) -> None:
+    """30, 30 and 40 % of the steps, each from the projected best point of the stage before."""
+    pixels, encoder, eps = images(3), Curved(), 0.03 if norm == "linf" else 0.15
+    clean = encoder.encode(pixels)
+    encoder.images_seen = 0
+    found = Apgd(steps=20, stages=stages).attack(
+        encoder, EmbeddingShift(clean), None, pixels, ThreatModel(norm, eps), generator=generator(5)
+    )
+    assert encoder.images_seen == 6 * (20 + 3)
+    assert found.updates.tolist() == [20] * 6
+    starts = ThreatModel(norm, eps * factors[0]).boundary_start(pixels, generator(5))
+    for i in range(6):
+        one = slice(i, i + 1)
+        point = starts[one]
+        for factor, steps in zip(factors, (6, 6, 8), strict=True):
+            threat = ThreatModel(norm, eps * factor)
+            point = threat.project(point, pixels[one])
+            point, _, _ = naive_apgd(encoder, clean[one], torch.inf, pixels[one], point, threat, steps)
+        torch.testing.assert_close(found.adversarial[one], point, atol=1e-9, rtol=0)
+
+
+def test_nobody_is_fooled_beyond_the_threat_model() -> None:
+    pixels, encoder, threat = 0.4 + 0.2 * images(0), Identity(), ThreatModel("linf", 0.1)
+    weights = torch.ones(6, 48, dtype=torch.float64)
+    reachable = torch.tensor([True, False] * 3)
+    limits = pixels[:, 0, 0, 0] + torch.where(reachable, 0.095, 0.105)  # both are reached at twice the radius
+    found = Apgd(steps=20, stages=LARGER_EPS).attack(
+        encoder, Linear(weights), Above(limits), pixels, threat, generator=generator()
+    )
+    assert torch.equal(found.fooled, reachable)
+    assert bool(threat.contains(found.adversarial, pixels).all())
+    assert bool((found.updates >= 12).all())
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ((), "factors that fall to 1"),
+        (((2.0, 0.5), (1.5, 0.5)), "factors that fall to 1"),
+        (((1.0, 0.5), (2.0, 0.2), (1.0, 0.3)), "factors that fall to 1"),
+        (((2.0, 0.5), (1.0, 0.4)), "shares that sum to 1"),
+        (((2.0, 1.0), (1.0, 0.0)), "positive shares"),
+        (((2.0, 0.95), (1.0, 0.05)), "10 steps are too few for its stages"),
+    ],
+)
+def test_impossible_stages_are_refused(stages: Stages, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        Apgd(steps=10, stages=stages)
+
+
 def test_a_start_without_gradient_is_refused() -> None:
     shift = EmbeddingShift(Curved().encode(images(0)))
     with pytest.raises(PlanError, match="EmbeddingShift has no gradient at the clean image"):
@@ -350,20 +392,3 @@ def test_nan_is_an_error_that_names_the_images(encoder_raises: bool) -> None:
             Broken(), Linear(weights), limits, pixels, ThreatModel("linf", 0.05), generator=generator()
         )
     assert caught.value.rows == (2,)
-
-
-def test_objectives_and_criteria_in_closed_form() -> None:
-    directions = torch.eye(3)
-    embeddings = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.6, 0.8]])
-    shift = EmbeddingShift(torch.tensor([[1.0, 0, 0], [1.0, 0, 0]]))
-    torch.testing.assert_close(shift(embeddings), torch.tensor([0.0, 2.0]))
-    torch.testing.assert_close(shift.rows(torch.tensor([1]))(embeddings[1:]), torch.tensor([2.0]))
-    entropy = CrossEntropy(directions, torch.tensor([0, 1]))
-    # Logits (0, 60, 80): the loss of class 1 is log(1 + e^-60 + e^20) = 20 but for rounding.
-    torch.testing.assert_close(entropy(embeddings), torch.tensor([0.0, 20.0]), atol=1e-5, rtol=0)
-    torch.testing.assert_close(entropy.rows(torch.tensor([1]))(embeddings[1:]), torch.tensor([20.0]), atol=1e-5, rtol=0)
-    assert ArgmaxWrong(directions, torch.tensor([0, 1]))(embeddings).tolist() == [False, True]
-    assert ArgmaxWrong(directions, torch.tensor([0, 2])).rows(torch.tensor([1]))(embeddings[1:]).tolist() == [False]
-    neighbours = NearestNeighborWrong(directions, torch.tensor([7, 8, 9]), torch.tensor([7, 8]))
-    assert neighbours(embeddings).tolist() == [False, True]
-    assert neighbours.rows(torch.tensor([1]))(embeddings[1:]).tolist() == [True]

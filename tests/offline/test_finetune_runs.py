@@ -21,9 +21,10 @@ from offline.data.batches import BatchPlan, BatchReader
 from offline.data.labelled import joined
 from offline.errors import PlanError, RunError
 from offline.finetune.inner import InnerAttack
-from offline.finetune.loop import Finetuning, finetune, mixed_seed, open_source
+from offline.finetune.loop import Finetuning, finetune, open_source
 from offline.finetune.objectives import Fare
 from offline.finetune.plan import FinetunePlan, plan_from_table
+from offline.seeds import mixed_seed
 from perception import load_encoder
 from perception.errors import CheckpointError
 from perception.testing import synthetic_image
