@@ -32,8 +32,8 @@ demo: setup ## Build pools from public photographs, serve them, ask the service
 
 serve: setup ## Run the service in the foreground: bundled encoder and demo pools, or what HARDLOOK_* say
 	@test -n "$(HARDLOOK_POOLS)" || $(BIN)/hardlook-demo --prepare .demo/pools
-	@echo "serve: encoder $${HARDLOOK_ENCODER:-bundled/clean}, pools $${HARDLOOK_POOLS:-.demo/pools}"
-	HARDLOOK_ENCODER=$${HARDLOOK_ENCODER:-bundled/clean} HARDLOOK_POOLS=$${HARDLOOK_POOLS:-.demo/pools} $(BIN)/hardlook-serve
+	@echo "serve: encoder $${HARDLOOK_ENCODER:-bundled/fare4}, pools $${HARDLOOK_POOLS:-.demo/pools}"
+	HARDLOOK_ENCODER=$${HARDLOOK_ENCODER:-bundled/fare4} HARDLOOK_POOLS=$${HARDLOOK_POOLS:-.demo/pools} $(BIN)/hardlook-serve
 	@echo "serve: the service has stopped"
 
 check: setup ## Format, lint, types, import directions, container files

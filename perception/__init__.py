@@ -1,7 +1,7 @@
 """What service, indexer and offline must agree on to the bit: pixels, embeddings, similarities and verdicts.
 
     from perception import load_encoder
-    encoder = load_encoder("bundled/clean")
+    encoder = load_encoder("bundled/fare4")
     print(encoder.similarity("a.jpg", "b.jpg"))
 
 Names are imported on first use, so that a decoding worker which needs only Pillow does not pay for torch.

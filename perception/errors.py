@@ -75,7 +75,7 @@ class HubUnreachable(EncoderError):
         super().__init__(
             f"could not fetch {model_id!r} from the model hub: {reason}. Choices: (1) give this machine access to the "
             "hub; (2) download the model elsewhere and name it as 'local-dir:FOLDER'; (3) choose the small bundled "
-            "encoder explicitly, e.g. 'bundled/clean'. No other model is ever loaded in its place."
+            "encoder explicitly, e.g. 'bundled/fare4'. No other model is ever loaded in its place."
         )
 
 

@@ -13,7 +13,7 @@ def test_the_demo_runs_and_says_what_it_did(capfd: pytest.CaptureFixture[str]) -
         demo.main([])
     out = capfd.readouterr().out
     assert ended.value.code == 0, out
-    assert "bundled/clean, chosen explicitly" in out
+    assert "bundled/fare4, chosen explicitly" in out
     assert "WRONG" not in out
     assert "everything was answered as it must be" in out
 
