@@ -134,6 +134,7 @@ def write_checkpoint(
     # The configuration comes last: a folder without one is refused, so a kill leaves no half of a new checkpoint.
     partial = folder / f"{weights_name}.partial"
     save_file(written, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)  # safetensors writes for the owner alone; a checkpoint is there to be read
     os.replace(partial, folder / weights_name)
     partial = folder / f"{config_name}.partial"
     partial.write_text(json.dumps(table, indent=2) + "\n", encoding="utf8")

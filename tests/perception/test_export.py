@@ -95,6 +95,11 @@ def test_an_export_without_training_is_the_same_encoder(tmp_path: Path) -> None:
     assert load_encoder(f"local-dir:{tmp_path / 'again'}").fingerprint == origin.fingerprint
 
 
+def test_an_export_is_there_to_be_read(tmp_path: Path) -> None:
+    load_encoder(f"local-dir:{clip_folder(tmp_path / 'original', VIT)}").export(tmp_path / "again")
+    assert (tmp_path / "again/open_clip_model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
 def test_half_precision_halves_the_floats_alone(tmp_path: Path) -> None:
     origin = load_encoder(f"local-dir:{clip_folder(tmp_path / 'origin', TIMM)}")
     origin.export(tmp_path / "half", dtype=torch.float16)
