@@ -88,6 +88,7 @@ def finetune(
     from offline.finetune.loop import finetune as run_finetuning
     from offline.finetune.plan import plan_from_table
     from offline.progress import ProgressDisplay
+    from offline.runs import read_events
 
     if threads:
         torch.set_num_threads(threads)
@@ -99,6 +100,9 @@ def finetune(
             display.update("finetune", done, plan.steps, f"{plan.method} loss {figures['loss']:.3f}")
     if not quiet:
         finished = stop_after is None or stop_after >= plan.steps
+        unreadable = {(event["source"], event["id"]) for event in read_events(run, "unreadable")}
+        if unreadable:
+            print(f"unreadable images, replaced and listed in metrics.jsonl: {len(unreadable)}")
         print(f"run directory: {run}" + (f"; encoder: local-dir:{run / 'export'}" if finished else ""))
 
 

@@ -69,6 +69,14 @@ class RunDirectory:
             raise RunError(f"damaged checkpoint {path}: {error}") from error
 
 
+def read_events(path: Path, kind: str) -> list[dict[str, Any]]:
+    """The events of one kind in a run directory, oldest first; an unfinished last line, as a kill leaves, is none."""
+    metrics = path / "metrics.jsonl"
+    content = metrics.read_text() if metrics.exists() else ""
+    lines = content[: content.rfind("\n") + 1].splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that a reader sees the old content or the new one, never a part."""
     partial = path.with_name(path.name + ".partial")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from offline.finetune.plan import FinetunePlan
-from offline.runs import RunDirectory, write_atomically
+from offline.runs import RunDirectory, read_events, write_atomically
 from perception import load_encoder
 from perception.encoders.tower import TowerEncoder
 
@@ -36,7 +36,7 @@ def publish(encoder: TowerEncoder, original: TowerEncoder, plan: FinetunePlan, r
     }
     write_atomically(folder / PROVENANCE, (json.dumps(provenance, indent=2, sort_keys=True) + "\n").encode())
     run.log(event="exported", fingerprint=loaded.fingerprint)
-    draw_curve(run.path / "metrics.jsonl", run.path / CURVE)
+    draw_curve(run.path, run.path / CURVE)
     return loaded.fingerprint
 
 
@@ -46,16 +46,15 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def draw_curve(metrics: Path, picture: Path) -> None:
+def draw_curve(run: Path, picture: Path) -> None:
     """Draw loss, learning rate and the held-out evaluations of a run as one SVG.
 
     A resumed run repeats the steps after its checkpoint; the last line of a step counts.
     """
     from matplotlib.figure import Figure
 
-    events = [json.loads(line) for line in metrics.read_text().splitlines()]
-    steps = {e["step"]: e for e in events if e["event"] == "step"}
-    evaluations = {e["step"]: e for e in events if e["event"] == "evaluation"}
+    steps = {e["step"]: e for e in read_events(run, "step")}
+    evaluations = {e["step"]: e for e in read_events(run, "evaluation")}
     figure = Figure(figsize=(8, 6), layout="constrained")
     losses, held_out = figure.subplots(2, 1, sharex=True)
     order = sorted(steps)

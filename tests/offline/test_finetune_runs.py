@@ -24,6 +24,7 @@ from offline.finetune.inner import InnerAttack
 from offline.finetune.loop import Finetuning, finetune, open_source
 from offline.finetune.objectives import Fare
 from offline.finetune.plan import FinetunePlan, plan_from_table
+from offline.runs import read_events
 from offline.seeds import mixed_seed
 from perception import load_encoder
 from perception.errors import CheckpointError
@@ -89,10 +90,6 @@ def run(plan: FinetunePlan, data: Path, folder: Path, **options: Any) -> dict[st
     return {} if weights is None else load_file(weights)
 
 
-def events(folder: Path, kind: str) -> list[dict[str, Any]]:
-    return [e for e in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if e["event"] == kind]
-
-
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
@@ -123,7 +120,7 @@ def test_every_clip_family_is_trained_exported_and_pictured(
     assert encoder.fingerprint != load_encoder(f"local-dir:{world / family}").fingerprint
     provenance = json.loads((tmp_path / "run/export/training.json").read_text())
     assert provenance["fingerprint"] == encoder.fingerprint
-    (evaluation,) = events(tmp_path / "run", "evaluation")
+    (evaluation,) = read_events(tmp_path / "run", "evaluation")
     assert 0 <= evaluation["robust_accuracy"] <= evaluation["clean_accuracy"] <= 1
     assert evaluation["robust_loss"] >= evaluation["clean_loss"]
     assert (tmp_path / "run/curve.svg").read_text().lstrip().startswith("<?xml")
@@ -136,7 +133,7 @@ def test_dino_is_trained_on_its_cls_token_by_fare_alone(
     weights = run(plan(family), world, tmp_path / "run")
     before = load_file(world / family / "model.safetensors")
     assert {name for name, tensor in weights.items() if torch.equal(tensor, before[name])} == set()
-    (evaluation,) = events(tmp_path / "run", "evaluation")
+    (evaluation,) = read_events(tmp_path / "run", "evaluation")
     assert evaluation["robust_loss"] > evaluation["clean_loss"]
     assert "clean_accuracy" not in evaluation
     with pytest.raises(CheckpointError, match="text tower"):
@@ -152,7 +149,7 @@ def test_one_step_and_one_resumed_are_two_to_the_last_bit(
     assert run(two, world, tmp_path / "parts", stop_after=1) == {}
     torch.manual_seed(99)  # another process would not have the same global state
     assert_same(run(two, world, tmp_path / "parts"), whole)
-    assert [e["step"] for e in events(tmp_path / "parts", "resumed")] == [1]
+    assert [e["step"] for e in read_events(tmp_path / "parts", "resumed")] == [1]
 
 
 def test_updates_are_adamw_on_the_fare_loss(plan: Callable[..., FinetunePlan], world: Path, tmp_path: Path) -> None:
@@ -234,7 +231,17 @@ def test_unreadable_images_are_counted_and_skipped(
     (tmp_path / "train/a/bad.png").write_bytes(b"\x89PNG nothing")
     weights = run(plan(steps=5, held_out=[]), tmp_path, tmp_path / "run")
     assert weights
-    found = events(tmp_path / "run", "unreadable")
+    found = read_events(tmp_path / "run", "unreadable")
+    config = write_toml(
+        tmp_path / "plan.toml", PLAN | {"encoder": f"local-dir:{world / 'vit'}", "steps": 5, "held_out": []}
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *command(config, tmp_path / "again", tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "unreadable images, replaced and listed in metrics.jsonl: 1" in done.stdout
     assert {Path(e["id"]).name for e in found} == {"bad.png"}
     assert len(found) >= 3  # 20 slots walk five images four times
 
@@ -263,7 +270,7 @@ def test_all_kinds_of_sources_make_one_batch(plan: Callable[..., FinetunePlan], 
     assert sorted(names[0] for names in sources.class_names) == ["red fox", "sports car", "tea pot", "yak"]
     assert run(mixed, tmp_path, tmp_path / "one").keys() == run(mixed, tmp_path, tmp_path / "two", workers=2).keys()
     assert_same(*(load_file(tmp_path / name / "export/open_clip_model.safetensors") for name in ("one", "two")))
-    assert events(tmp_path / "one", "unreadable") == []
+    assert read_events(tmp_path / "one", "unreadable") == []
 
 
 def test_another_plan_or_encoder_does_not_resume(
@@ -349,7 +356,7 @@ def test_two_ranks_are_one_process_with_the_same_global_batch(
     )
     torch.testing.assert_close(theirs, mine, atol=1e-5, rtol=0)
     first, second = (
-        e["loss"] for folder in ("one", "two") for e in events(tmp_path / folder, "step") if e["step"] == 3
+        e["loss"] for folder in ("one", "two") for e in read_events(tmp_path / folder, "step") if e["step"] == 3
     )
     assert first == pytest.approx(second, rel=1e-4)
 
