@@ -235,12 +235,8 @@ def test_unreadable_images_are_counted_and_skipped(
     config = write_toml(
         tmp_path / "plan.toml", PLAN | {"encoder": f"local-dir:{world / 'vit'}", "steps": 5, "held_out": []}
     )
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *command(config, tmp_path / "again", tmp_path)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    again = [sys.executable, "-c", PROGRAM, *command(config, tmp_path / "again", tmp_path)]
+    done = subprocess.run(again, capture_output=True, text=True, check=True)
     assert "unreadable images, replaced and listed in metrics.jsonl: 1" in done.stdout
     assert {Path(e["id"]).name for e in found} == {"bad.png"}
     assert len(found) >= 3  # 20 slots walk five images four times
