@@ -107,7 +107,15 @@ class FinetunePlan:
         _one_of("export_dtype", self.export_dtype, DTYPES)
         for name in ("steps", "batch_size", "accumulation_steps", "log_every", "checkpoint_every", *EVALUATION):
             _at_least(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "eps_warmup_steps", "attack_steps", "attack_chunk", "eval_every", "image_size_px"):
+        for name in (
+            "seed",
+            "warmup_steps",
+            "eps_warmup_steps",
+            "attack_steps",
+            "attack_chunk",
+            "eval_every",
+            "image_size_px",
+        ):
             _at_least(name, getattr(self, name), 0)
         for name in ("lr", "weight_decay", "attack_step_size", "attack_momentum"):
             _at_least(name, getattr(self, name), 0.0)
@@ -181,9 +189,20 @@ def plan_from_table(table: Mapping[str, Any]) -> FinetunePlan:
         raise PlanError(f"fine-tuning plan: {error}") from error
 
 
-def _source(entry: Mapping[str, Any]) -> SourcePlan:
-    path = entry.get("path", ())
-    return SourcePlan(**{**entry, "path": (path,) if isinstance(path, str) else tuple(path)})
+def _source(entry: Any) -> SourcePlan:
+    if not isinstance(entry, Mapping):
+        raise PlanError(f"a source must be a table with kind and path, got {entry!r}")
+    path, where = entry.get("path", ()), entry.get("where", {})
+    paths = (path,) if isinstance(path, str) else tuple(path)
+    if not paths or not all(isinstance(part, str) for part in paths):
+        raise PlanError(f"a source's path must be one or several strings, got {path!r}")
+    if not isinstance(where, Mapping) or not all(isinstance(value, str) for value in where.values()):
+        raise PlanError(f"a source's where must be a table of strings, got {where!r}")
+    source = SourcePlan(**{**entry, "path": paths, "where": dict(where)})
+    for name, kind in (("kind", str), ("class_names", str), ("per_batch", int)):
+        _typed(name, getattr(source, name), kind)
+    _at_least("per_batch", source.per_batch, 0)
+    return source
 
 
 def _typed(name: str, value: Any, kind: type) -> Any:

@@ -11,7 +11,6 @@ The image space is thus the teacher's, which knows 1,000 classes, and not bent t
 recipe. Every random choice is a function of (seed, step), so a resumed run is the run that was killed.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -30,6 +29,8 @@ from offline.errors import PlanError
 from offline.finetune.schedule import warmup_cosine
 from offline.finetune.teacher import load_teacher, restore_batch_norm
 from offline.runs import RunDirectory, adam_tensors, restore_adam
+from perception.encoders.clip import write_open_clip_folder
+from perception.preprocess import PreprocessSpec
 
 TEACHER_FILE = "weights/mobilenet_v2_1.0_224_quant.tflite"
 
@@ -275,16 +276,13 @@ class Pretraining:
         Rows of the token embedding that no training text used hold nothing but their random start: they are written
         as zeros, so that an unknown word says nothing rather than something arbitrary.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         unused = torch.ones(len(state["token_embedding.weight"]), dtype=torch.bool)
         unused[self.texts.used_tokens()] = False
         state["token_embedding.weight"][unused] = 0
-        halves = {name: (t.half() if t.is_floating_point() else t).contiguous() for name, t in state.items()}
-        save_file(halves, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
-        preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
-        config = {"model_cfg": model_config(self.plan), "preprocess_cfg": preprocess}
-        (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        size_px = self.plan.image_size_px
+        spec = PreprocessSpec(size_px, size_px, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+        write_open_clip_folder(folder, model_config(self.plan), spec, state, torch.float16)
 
 
 def pretrain(
