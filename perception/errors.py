@@ -11,6 +11,7 @@
     │   ├── HubUnreachable         the model hub could not be asked
     │   └── NonFiniteEmbedding     the network returned NaN or infinity
     ├── GalleryError               ids, labels and embeddings do not fit together, or a file is damaged
+    ├── PolicyError                a calibrated policy's figures do not fit together, or a file is damaged
     └── FingerprintMismatch        made by another encoder than the one in use
 
 Exceptions carry their data; none knows an HTTP status.
@@ -89,6 +90,10 @@ class NonFiniteEmbedding(EncoderError):
 
 class GalleryError(PerceptionError):
     """A gallery's parts do not fit together, or its file is damaged."""
+
+
+class PolicyError(PerceptionError):
+    """A calibrated policy's figures do not fit together, or its file is damaged."""
 
 
 class FingerprintMismatch(PerceptionError):

@@ -85,12 +85,15 @@ class DecisionPolicy:
         k: voters; ignored by 'nearest'.
         min_similarity: where even the nearest exemplar is less similar than this, the verdict is `review`.
         min_margin: where the winning pool is `safe` by less than this, the verdict is `review`.
+        min_margin_unsafe: where the winning pool is `unsafe` by less than this, the verdict is `review`, never `safe`;
+            0 asks for nothing, so that a vote against the nearest exemplar, of which the margin is negative, counts.
     """
 
     rule: Literal["nearest", "vote"] = "nearest"
     k: int = 5
     min_similarity: float = -1.0
     min_margin: float = 0.0
+    min_margin_unsafe: float = 0.0
 
     def __post_init__(self) -> None:
         if self.rule not in ("nearest", "vote"):
@@ -99,8 +102,9 @@ class DecisionPolicy:
             raise ValueError(f"k must be at least 1, got {self.k}")
         if not -1.0 <= self.min_similarity <= 1.0:
             raise ValueError(f"min_similarity must be in [-1, 1], got {self.min_similarity}")
-        if not 0.0 <= self.min_margin <= 2.0:
-            raise ValueError(f"min_margin must be in [0, 2], got {self.min_margin}")
+        for name in ("min_margin", "min_margin_unsafe"):
+            if not 0.0 <= getattr(self, name) <= 2.0:
+                raise ValueError(f"{name} must be in [0, 2], got {getattr(self, name)}")
 
     @property
     def version(self) -> str:
@@ -142,6 +146,9 @@ class DecisionPolicy:
             return self._review(winner, margin, evidence, reason)
         if winner is PoolLabel.SAFE and margin < self.min_margin:
             reason = f"safe by a margin of {margin:.4f}, the policy asks for {self.min_margin}"
+            return self._review(winner, margin, evidence, reason)
+        if winner is PoolLabel.UNSAFE and margin < self.min_margin_unsafe and self.min_margin_unsafe > 0:
+            reason = f"unsafe by a margin of {margin:.4f}, the policy asks for {self.min_margin_unsafe}"
             return self._review(winner, margin, evidence, reason)
         reason = f"nearest exemplar is {nearest.id!r} in the {nearest.pool} pool (similarity {nearest.similarity:.4f})"
         if self.rule == "vote":

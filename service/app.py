@@ -13,10 +13,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from indexer.contents import Contents
+from indexer.contents import POOLS, Contents
 from indexer.errors import IndexerError
 from indexer.snapshot import Snapshot
 from perception.errors import CheckpointError, PerceptionError
+from perception.policy_file import CalibratedPolicy
 from service.admission import Admission
 from service.api import classify, health, pools, similar
 from service.api.documentation import document
@@ -31,7 +32,7 @@ from service.problems import MEDIA_TYPE, extra_headers, http_problem, problem
 from service.published import Published
 from service.request_log import RequestLog
 from service.runtime import Runtime, request_id_of
-from service.schemas import Model
+from service.schemas import Model, Policy
 from service.settings import Settings
 
 _log = logging.getLogger("hardlook.app")
@@ -43,11 +44,12 @@ header `X-Request-ID`, taken from the request where it has one."""
 
 @dataclass(frozen=True)
 class Loaded:
-    """What takes long to load, and may refuse to: the encoder, its text tower, the published snapshots."""
+    """What takes long to load, or may refuse to: the encoder, its text tower, the snapshots, the calibrated policy."""
 
     encoder: ServingEncoder
     text: TextTower | None
     published: Published
+    calibrated: CalibratedPolicy | None = None
 
 
 def load(settings: Settings, encoder: ServingEncoder | None = None) -> Loaded:
@@ -60,19 +62,25 @@ def load(settings: Settings, encoder: ServingEncoder | None = None) -> Loaded:
     Raises:
         UnknownEncoder, HubUnreachable, CheckpointError: the encoder cannot be loaded.
         NonFiniteEmbedding: it does not work.
-        FingerprintMismatch: a published snapshot was made by another encoder; names both.
+        FingerprintMismatch: a published snapshot or the policy file was made by another encoder; names both.
         IndexerError: a published snapshot is damaged.
+        PolicyError: the policy file is absent or damaged.
     """
+    calibrated = None if settings.policy_file is None else CalibratedPolicy.load(settings.policy_file)
     if encoder is None:
         encoder = _load_encoder(settings)
+    if calibrated is not None:
+        calibrated.require_encoder(encoder.fingerprint, f"calibrated policy {settings.policy_file}")
     text: TextTower | None = None
     try:
         text = getattr(encoder, "text", None)
     except CheckpointError as error:
         _log.warning("no search by text: %s", error)
     published = Published(settings.pools, encoder.fingerprint)
+    if calibrated is not None:
+        _compare_pools(calibrated, published)
     _warm_up(encoder, text)
-    return Loaded(encoder, text, published)
+    return Loaded(encoder, text, published, calibrated)
 
 
 def _load_encoder(settings: Settings) -> ServingEncoder:
@@ -84,6 +92,18 @@ def _load_encoder(settings: Settings) -> ServingEncoder:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return load_encoder(settings.encoder, precision=settings.precision, device=device)
+
+
+def _compare_pools(calibrated: CalibratedPolicy, published: Published) -> None:
+    """Say so where other pools are served than the policy was audited with: its rates are those of the audited ones."""
+    pools = published.snapshots.get(POOLS)
+    if pools is not None and pools.to_gallery().sha256 != calibrated.gallery_sha256:
+        _log.warning(
+            "policy %r was audited with other pools (gallery %s) than version %s, which is served: audit again",
+            calibrated.name,
+            calibrated.gallery_sha256,
+            pools.version,
+        )
 
 
 def _warm_up(encoder: ServingEncoder, text: TextTower | None) -> None:
@@ -163,11 +183,14 @@ async def _start(settings: Settings, parts: Loaded, stack: AsyncExitStack) -> Ru
         Batcher(engine.answer, max_batch=settings.max_batch, max_queue=settings.max_queue, name="encoder queue")
     )
     encoder = parts.encoder
+    policy = settings.policy if parts.calibrated is None else parts.calibrated.policy
     return Runtime(
         settings=settings,
         model=Model(name=encoder.name, fingerprint=encoder.fingerprint, precision=encoder.precision),
+        policy=Policy.of(policy, parts.calibrated),
+        calibrated=parts.calibrated,
         published=parts.published,
-        classifier=Classifier(parts.published, decoder, batcher, settings.policy, settings.deadline_s),
+        classifier=Classifier(parts.published, decoder, batcher, policy, settings.deadline_s),
         admission=Admission(settings.max_requests),
     )
 

@@ -44,6 +44,7 @@ _NOT_OF_REQUESTS: tuple[type[Exception], ...] = (
     perception.CheckpointError,
     perception.HubUnreachable,
     perception.GalleryError,
+    perception.PolicyError,
     perception.FingerprintMismatch,
     indexer.InvalidLabel,
     indexer.DuplicateId,

@@ -8,11 +8,12 @@ from typing import Any, TypeVar, cast
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
+from perception.policy_file import CalibratedPolicy
 from service.admission import Admission
 from service.classifier import Classifier
 from service.errors import NotReady
 from service.published import Published
-from service.schemas import Model
+from service.schemas import Model, Policy
 from service.settings import Settings
 
 T = TypeVar("T")
@@ -25,6 +26,8 @@ class Runtime:
     Attributes:
         settings: as read at the start.
         model: the encoder, as answers name it.
+        policy: how verdicts are made, as answers name it.
+        calibrated: the policy together with its audit's figures; None where it is not from a file.
         published: the snapshots.
         classifier: the use cases.
         admission: bound of the requests in progress.
@@ -33,6 +36,8 @@ class Runtime:
 
     settings: Settings
     model: Model
+    policy: Policy
+    calibrated: CalibratedPolicy | None
     published: Published
     classifier: Classifier
     admission: Admission

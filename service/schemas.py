@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from indexer.snapshot import Snapshot
 from perception.encoder import Precision
+from perception.policy_file import CalibratedPolicy, FlipRate, Norm
 from perception.verdict import DecisionPolicy, PoolLabel, VerdictLabel
 from service.classifier import Classification, Lookup, Match
 from service.decoding import PreparedImage
@@ -137,23 +138,34 @@ class SnapshotVersion(_Answer):
 
 
 class Policy(_Answer):
-    """The decision rule and its parameters; equal versions decide equally."""
+    """The decision rule and its parameters; equal versions decide equally. The last three are of a calibrated one."""
 
     version: str = Field(examples=["nearest-3f5a9c0e1b2d"])
     rule: Literal["nearest", "vote"]
     k: int
     min_similarity: float
     min_margin: float
+    min_margin_unsafe: float
+    name: str | None = Field(description="Null where the policy is not from a file.", examples=[None])
+    sha256: str | None = Field(description="Of the policy file's content, as recorded in it.", examples=[None])
+    audited_gallery: str | None = Field(
+        description="sha256 of the pools that it was audited with, as `hardlook-index export` writes them.",
+        examples=[None],
+    )
 
     @classmethod
-    def of(cls, policy: DecisionPolicy) -> Self:
-        """From a policy."""
+    def of(cls, policy: DecisionPolicy, calibrated: CalibratedPolicy | None) -> Self:
+        """From a policy, and the file that it is from."""
         return cls(
             version=policy.version,
             rule=policy.rule,
             k=policy.k,
             min_similarity=policy.min_similarity,
             min_margin=policy.min_margin,
+            min_margin_unsafe=policy.min_margin_unsafe,
+            name=calibrated.name if calibrated else None,
+            sha256=calibrated.sha256 if calibrated else None,
+            audited_gallery=calibrated.gallery_sha256 if calibrated else None,
         )
 
 
@@ -182,6 +194,24 @@ class DecidingFrame(_Answer):
     index: int = Field(description="0-based.", examples=[0])
     background: Literal["white", "black"] | None = Field(description="What transparency was laid on.", examples=[None])
     frames_examined: int = Field(description="Frames and backgrounds that have a verdict.", examples=[1])
+
+
+class FlipRateItem(_Answer):
+    """How often verdicts with such a margin flipped when the policy was audited, under one attack."""
+
+    norm: Norm
+    eps: float = Field(description="Radius of the attack, in [0, 1] pixel units.", examples=[0.03137254901960784])
+    steps: int = Field(description="Updates of its gradient attacks.", examples=[200])
+    value: float = Field(description="Share of the verdicts that flipped.", examples=[0.12])
+    interval95: tuple[float, float] = Field(description="Wilson's interval.", examples=[[0.056, 0.238]])
+    n: int = Field(description="Audited verdicts with such a margin.", examples=[50])
+
+    @classmethod
+    def of(cls, rate: FlipRate) -> Self:
+        """From a rate."""
+        return cls(
+            norm=rate.norm, eps=rate.eps, steps=rate.steps, value=rate.value, interval95=rate.interval95, n=rate.n
+        )
 
 
 class NeighborItem(_Answer):
@@ -229,10 +259,19 @@ class ClassifyItem(_Answer):
     frame: DecidingFrame
     image: Image
     neighbors: list[NeighborItem] = Field(description="The nearest of each pool, most similar first.")
+    flip_rate_at_eps: list[FlipRateItem] | None = Field(
+        description="How often verdicts with such a margin flipped in the audit of the calibrated policy, for each "
+        "attack; null without such a policy, for `review`, where several frames were examined, and where no audited "
+        "verdict had a margin near this one."
+    )
 
     @classmethod
-    def of(cls, id: str, found: Classification) -> Self:
-        """From a classification."""
+    def of(cls, id: str, found: Classification, calibrated: CalibratedPolicy | None) -> Self:
+        """From a classification, and the calibrated policy that made it."""
+        rates: tuple[FlipRate, ...] = ()
+        # Audits are of single frames: the margin of the deciding one says little of what the others would take to flip.
+        if calibrated is not None and len(found.image.frames) == 1:
+            rates = calibrated.flip_rates(found.verdict.label, found.verdict.margin)
         frame = DecidingFrame(
             index=found.frame.index, background=found.frame.background, frames_examined=len(found.image.frames)
         )
@@ -245,6 +284,7 @@ class ClassifyItem(_Answer):
             frame=frame,
             image=Image.of(found.image),
             neighbors=[NeighborItem.of(match) for match in found.matches],
+            flip_rate_at_eps=[FlipRateItem.of(rate) for rate in rates] or None,
         )
 
 

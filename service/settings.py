@@ -38,10 +38,12 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe line to log.")
 
+    policy_file: Path | None = Field(None, description="Calibrated policy, in place of the other POLICY settings.")
     policy_rule: Literal["nearest", "vote"] = Field("nearest", description="How neighbours become a verdict.")
     policy_k: int = Field(5, description="Voters of the rule 'vote'.")
     policy_min_similarity: float = Field(-1.0, description="Less similar than this to everything: review.")
     policy_min_margin: float = Field(0.0, description="Safe by less than this: review.")
+    policy_min_margin_unsafe: float = Field(0.0, description="Unsafe by less than this: review.")
 
     max_image_bytes: int = Field(20 * _MIB, ge=1, description="Of one encoded image file.")
     max_body_bytes: int = Field(32 * _MIB, ge=1, description="Of one request body, base64 and multipart included.")
@@ -63,6 +65,11 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        given = [name for name in sorted(self.model_fields_set) if name.startswith("policy_") and name != "policy_file"]
+        if self.policy_file is not None and given:
+            raise ValueError(
+                f"{variable('policy_file')} holds a whole policy: do not set {', '.join(map(variable, given))} as well"
+            )
         try:
             _ = self.policy
         except ValueError as error:  # names its parameter without our prefix
@@ -76,8 +83,14 @@ class Settings(BaseSettings):
 
     @property
     def policy(self) -> DecisionPolicy:
-        """The decision rule and its parameters."""
-        return DecisionPolicy(self.policy_rule, self.policy_k, self.policy_min_similarity, self.policy_min_margin)
+        """The decision rule and its parameters, where there is no `policy_file`."""
+        return DecisionPolicy(
+            self.policy_rule,
+            self.policy_k,
+            self.policy_min_similarity,
+            self.policy_min_margin,
+            self.policy_min_margin_unsafe,
+        )
 
     @property
     def image_limits(self) -> ImageLimits:

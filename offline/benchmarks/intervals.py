@@ -1,12 +1,10 @@
 """Accuracy: a share of right answers with its confidence interval."""
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from offline.errors import DataError
-
-_NORMAL_QUANTILE = 1.959963984540054  # of 97.5 %
+from perception.intervals import wilson_interval
 
 
 @dataclass(frozen=True)
@@ -32,10 +30,7 @@ class Accuracy:
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval, in [0, 1]; unlike the usual one it has a width at 0 and 1."""
-        z, n, p = _NORMAL_QUANTILE, self.total, self.value
-        centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        low, high = (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
-        return max(0.0, min(low, p)), min(1.0, max(high, p))  # at 0 and 1 rounding would cut the share itself off
+        return wilson_interval(self.right, self.total)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

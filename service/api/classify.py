@@ -14,7 +14,6 @@ from service.schemas import (
     ClassifyBody,
     ClassifyItem,
     ClassifyParameters,
-    Policy,
     SnapshotVersion,
     problem_responses,
 )
@@ -42,7 +41,8 @@ async def classify(request: Request, query: Annotated[ClassifyParameters, Query(
         shown = bounded_k(merge_parameters(query, submission).k, SHOWN_NEIGHBORS, settings.max_neighbors)
 
         async def work(upload: Upload, data: bytes) -> ClassifyItem:
-            return ClassifyItem.of(upload.id, await runtime.classifier.classify(data, snapshot, shown))
+            found = await runtime.classifier.classify(data, snapshot, shown)
+            return ClassifyItem.of(upload.id, found, runtime.calibrated)
 
         request_id = request_id_of(request)
         each = answer_each(submission.uploads, work, at_a_time=settings.decode_workers, request_id=request_id)
@@ -50,6 +50,6 @@ async def classify(request: Request, query: Annotated[ClassifyParameters, Query(
             request_id=request_id,
             model=runtime.model,
             snapshot=SnapshotVersion.of(snapshot),
-            policy=Policy.of(settings.policy),
+            policy=runtime.policy,
             results=await unless_disconnected(request, each),
         )

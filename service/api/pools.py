@@ -3,7 +3,7 @@
 from fastapi import APIRouter, Request
 
 from service.runtime import request_id_of, runtime_of
-from service.schemas import Collection, Policy, PoolsAnswer, problem_responses
+from service.schemas import Collection, PoolsAnswer, problem_responses
 
 router = APIRouter()
 
@@ -16,6 +16,6 @@ async def pools(request: Request) -> PoolsAnswer:
     return PoolsAnswer(
         request_id=request_id_of(request),
         model=runtime.model,
-        policy=Policy.of(runtime.settings.policy),
+        policy=runtime.policy,
         collections=[Collection.of(snapshots[name]) for name in sorted(snapshots)],
     )

@@ -12,7 +12,6 @@ from service.runtime import Runtime, request_id_of, runtime_of, unless_disconnec
 from service.schemas import (
     FOUND_NEIGHBORS,
     ItemError,
-    Policy,
     SimilarAnswer,
     SimilarBody,
     SimilarItem,
@@ -51,7 +50,7 @@ async def similar(request: Request, query: Annotated[SimilarParameters, Query()]
             request_id=request_id,
             model=runtime.model,
             snapshot=SnapshotVersion.of(snapshot),
-            policy=Policy.of(settings.policy),
+            policy=runtime.policy,
             results=await unless_disconnected(request, _answer(runtime, submission, search, least, request_id)),
         )
 

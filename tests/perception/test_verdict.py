@@ -73,10 +73,54 @@ def test_far_from_everything_or_barely_safe_is_review() -> None:
     assert DecisionPolicy(min_margin=0.05).decide(near(unsafe=0.9, safe=0.88)).label is VerdictLabel.UNSAFE
 
 
+def test_barely_unsafe_is_review_where_the_policy_asks_for_more() -> None:
+    policy = DecisionPolicy(min_margin_unsafe=0.05)
+    barely = policy.decide(near(unsafe=0.9, safe=0.88))
+    assert (barely.label, barely.pool) == (VerdictLabel.REVIEW, PoolLabel.UNSAFE)
+    assert "unsafe by a margin of 0.0200, the policy asks for 0.05" in barely.reason
+    assert policy.decide(near(unsafe=0.9, safe=0.5)).label is VerdictLabel.UNSAFE
+    assert policy.decide(near(unsafe=0.75, safe=0.5)).label is VerdictLabel.UNSAFE
+    assert DecisionPolicy(min_margin_unsafe=0.25).decide(near(unsafe=0.75, safe=0.5)).label is VerdictLabel.UNSAFE
+    assert policy.decide(near(unsafe=0.88, safe=0.9)).label is VerdictLabel.SAFE
+
+
+def test_a_vote_against_the_nearest_is_unsafe_unless_a_margin_is_asked_for() -> None:
+    neighbors = near(safe=[0.9, 0.2, 0.1], unsafe=[0.8, 0.7, 0.1])
+    assert DecisionPolicy("vote", 3).decide(neighbors).label is VerdictLabel.UNSAFE
+    assert DecisionPolicy("vote", 3, min_margin_unsafe=1e-6).decide(neighbors).label is VerdictLabel.REVIEW
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(list(PoolLabel)), st.floats(-1, 1)), max_size=12),
+    st.sampled_from(["nearest", "vote"]),
+    st.integers(1, 5),
+    st.floats(0, 2),
+    st.floats(0, 2),
+)
+def test_margins_turn_verdicts_into_review_and_into_nothing_else(
+    pairs: list[tuple[PoolLabel, float]], rule: Any, k: int, min_margin: float, min_margin_unsafe: float
+) -> None:
+    neighbors = [Neighbor(f"n{i}", pool, similarity) for i, (pool, similarity) in enumerate(pairs)]
+    before = DecisionPolicy(rule, k).decide(neighbors)
+    after = DecisionPolicy(rule, k, -1.0, min_margin, min_margin_unsafe).decide(neighbors)
+    asked = {VerdictLabel.SAFE: min_margin, VerdictLabel.UNSAFE: min_margin_unsafe}.get(before.label, 0.0)
+    too_small = before.margin is not None and asked > 0 and before.margin < asked
+    assert after.label is (VerdictLabel.REVIEW if too_small else before.label)
+    assert (after.pool, after.margin) == (before.pool, before.margin)
+
+
 @given(
     st.lists(st.tuples(st.sampled_from(list(PoolLabel)), st.floats(-1, 1)), min_size=1, max_size=12),
     st.floats(-1, 1),
-    st.sampled_from([DecisionPolicy(), DecisionPolicy(min_margin=0.1), DecisionPolicy(rule="vote", k=3)]),
+    st.sampled_from(
+        [
+            DecisionPolicy(),
+            DecisionPolicy(min_margin=0.1),
+            DecisionPolicy(rule="vote", k=3),
+            DecisionPolicy(min_margin_unsafe=0.1),
+            DecisionPolicy("vote", 3, -1.0, 0.1, 0.2),
+        ]
+    ),
 )
 def test_one_more_unsafe_neighbour_never_makes_it_safer(
     pairs: list[tuple[PoolLabel, float]], extra: float, policy: DecisionPolicy
@@ -101,13 +145,23 @@ def test_version_changes_with_every_parameter() -> None:
         DecisionPolicy(rule="vote"),
         DecisionPolicy(min_margin=0.1),
         DecisionPolicy(min_similarity=0),
+        DecisionPolicy(min_margin_unsafe=0.1),
     ]
     assert len({p.version for p in policies}) == len(policies)
     assert DecisionPolicy().version == DecisionPolicy().version
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"rule": "best"}, {"k": 0}, {"min_similarity": 1.5}, {"min_margin": -0.1}, {"min_margin": math.nan}]
+    "wrong",
+    [
+        {"rule": "best"},
+        {"k": 0},
+        {"min_similarity": 1.5},
+        {"min_margin": -0.1},
+        {"min_margin": math.nan},
+        {"min_margin_unsafe": 2.1},
+        {"min_margin_unsafe": math.nan},
+    ],
 )
 def test_wrong_parameters_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):

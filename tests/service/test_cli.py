@@ -7,9 +7,11 @@ import pytest
 
 import service.app
 import service.request_log
+from perception.policy_file import CalibratedPolicy
 from perception.testing import ToyEncoder
 from service.cli import main
 from service.testing import publish, toy_pools
+from tests.perception.calibrated_policies import a_policy
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +77,52 @@ def test_damaged_snapshot(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     manifest.write_text(manifest.read_text().replace("toy/0", "toy/9"))
     monkeypatch.setattr(service.app, "_load_encoder", lambda settings: ToyEncoder())
     assert "damaged" in refusal(capsys)
+
+
+def policy_file(monkeypatch: pytest.MonkeyPatch, path: Path, policy: CalibratedPolicy) -> None:
+    policy.save(path)
+    monkeypatch.setenv("HARDLOOK_POLICY_FILE", str(path))
+    monkeypatch.setattr(service.app, "_load_encoder", lambda settings: ToyEncoder())
+
+
+def test_policy_of_another_encoder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    policy_file(monkeypatch, tmp_path / "policy.json", a_policy())
+    line = refusal(capsys)
+    assert "policy.json was made by encoder an encoder" in line
+    assert ToyEncoder().fingerprint in line
+
+
+def test_changed_policy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "policy.json"
+    policy_file(monkeypatch, path, a_policy(encoder_fingerprint=ToyEncoder().fingerprint))
+    path.write_text(path.read_text().replace('"min_margin": 0.05', '"min_margin": 0.0'))
+    line = refusal(capsys)
+    assert "policy.json" in line
+    assert "changed since it was written" in line
+
+
+def test_damaged_policy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "policy.json"
+    policy_file(monkeypatch, path, a_policy())
+    path.write_bytes(path.read_bytes()[:100])
+    assert "cannot read policy" in refusal(capsys)
+    path.write_text('{"format": "hardlook-policy-1", "content": {}}')  # of which pydantic says more than a line
+    assert "cannot read policy" in refusal(capsys)
+
+
+def test_absent_policy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    monkeypatch.setenv("HARDLOOK_POLICY_FILE", str(tmp_path / "absent.json"))
+    assert "absent.json" in refusal(capsys)
+
+
+def test_policy_beside_its_parameters(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HARDLOOK_POLICY_FILE", "policy.json")
+    monkeypatch.setenv("HARDLOOK_POLICY_K", "3")
+    line = refusal(capsys)
+    assert "HARDLOOK_POLICY_FILE" in line
+    assert "HARDLOOK_POLICY_K" in line
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

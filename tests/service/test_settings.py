@@ -39,6 +39,7 @@ def test_every_field_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch) 
         "policy_k": "7",
         "policy_min_similarity": "0.1",
         "policy_min_margin": "0.2",
+        "policy_min_margin_unsafe": "0.3",
         "max_image_bytes": "11",
         "max_body_bytes": "12",
         "max_pixels": "13",
@@ -53,19 +54,44 @@ def test_every_field_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch) 
         "decode_timeout_s": "22.5",
         "decode_memory_bytes": "123456789",
     }
-    assert values.keys() == Settings.model_fields.keys()
+    assert values.keys() == Settings.model_fields.keys() - {"policy_file"}  # which stands in place of others
     for field, value in values.items():
         monkeypatch.setenv(variable(field), value)
     settings = read_settings(os.environ)
     for field, value in values.items():
         assert str(getattr(settings, field)) == value, field
-    assert settings.policy == DecisionPolicy("vote", 7, 0.1, 0.2)
+    assert settings.policy == DecisionPolicy("vote", 7, 0.1, 0.2, 0.3)
     assert (settings.image_limits.max_bytes, settings.image_limits.max_pixels, settings.image_limits.max_frames) == (
         11,
         13,
         14,
     )
     assert settings.pools == Path("elsewhere")
+
+
+def test_a_policy_file_is_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_settings(os.environ).policy_file is None
+    monkeypatch.setenv("HARDLOOK_POLICY_FILE", "folder/policy.json")
+    assert read_settings(os.environ).policy_file == Path("folder/policy.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HARDLOOK_POLICY_RULE", "nearest"),  # the default, but set
+        ("HARDLOOK_POLICY_K", "3"),
+        ("HARDLOOK_POLICY_MIN_SIMILARITY", "0.1"),
+        ("HARDLOOK_POLICY_MIN_MARGIN", "0"),
+        ("HARDLOOK_POLICY_MIN_MARGIN_UNSAFE", "0.1"),
+    ],
+)
+def test_a_policy_file_and_a_parameter_contradict_each_other(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv("HARDLOOK_POLICY_FILE", "policy.json")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=f"^HARDLOOK_POLICY_FILE .* {name} as well$"):
+        read_settings(os.environ)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +149,7 @@ def test_a_value_that_does_not_fit_names_its_variable(monkeypatch: pytest.Monkey
         ("HARDLOOK_POLICY_MIN_SIMILARITY", "1.5", "min_similarity"),
         ("HARDLOOK_POLICY_MIN_MARGIN", "-1", "min_margin"),
         ("HARDLOOK_POLICY_MIN_MARGIN", "nan", "min_margin"),
+        ("HARDLOOK_POLICY_MIN_MARGIN_UNSAFE", "3", "min_margin_unsafe"),
         ("HARDLOOK_MAX_QUEUE", "8", "MAX_QUEUE"),
         ("HARDLOOK_MAX_FRAMES", "60", "MAX_QUEUE"),
     ],
