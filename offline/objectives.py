@@ -159,6 +159,7 @@ class PoolMargin:
         gallery: (n, d) unit embeddings of all pools' exemplars.
         pools: (n,) int64, the exemplars' pools.
         wanted, true: (b,) int64, the pool that each image shall be taken for, and the one that it belongs to.
+        left_out: (b, n) bool, exemplars that do not count for an image, such as views of itself; None for none.
     """
 
     needs_random_start: ClassVar[bool] = False
@@ -166,6 +167,7 @@ class PoolMargin:
     pools: Tensor
     wanted: Tensor
     true: Tensor
+    left_out: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check that there is something to be close to.
@@ -174,13 +176,18 @@ class PoolMargin:
             PlanError: a pool is empty.
         """
         for name, asked in (("wanted", self.wanted), ("true", self.true)):
-            missing = asked[~torch.isin(asked, self.pools)]
+            has_any = torch.isin(asked, self.pools)
+            if self.left_out is not None:
+                has_any = ((self.pools == asked[:, None]) & ~self.left_out).any(dim=1)
+            missing = asked[~has_any]
             if len(missing):
                 raise PlanError(f"the {name} pool {int(missing[0])} has no exemplar")
 
     def __call__(self, embeddings: Tensor) -> Tensor:
         """See `Objective`."""
         similarities = embeddings @ self.gallery.T
+        if self.left_out is not None:
+            similarities = similarities.masked_fill(self.left_out, -torch.inf)
         wanted, true = (
             similarities.masked_fill(self.pools != pool[:, None], -torch.inf).amax(dim=1)
             for pool in (self.wanted, self.true)
@@ -189,7 +196,8 @@ class PoolMargin:
 
     def rows(self, index: Tensor) -> Self:
         """See `Objective`."""
-        return replace(self, wanted=_take(self.wanted, index), true=_take(self.true, index))
+        left_out = None if self.left_out is None else _take(self.left_out, index)
+        return replace(self, wanted=_take(self.wanted, index), true=_take(self.true, index), left_out=left_out)
 
 
 # --- over logits -----------------------------------------------------------------------------------------------------

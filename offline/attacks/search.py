@@ -5,6 +5,7 @@ Images that are fooled leave the batch, so that the time goes into those that re
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal, get_args
 
@@ -20,6 +21,8 @@ from offline.threat import ThreatModel
 from perception.errors import NonFiniteEmbedding
 
 Start = Literal["boundary", "uniform", "clean"]
+Watch = Callable[[Tensor, int, Tensor], None]
+"""(rows (k,) of the batch, updates done, highest objective (k,) so far in this run): what an attack tells."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Problem:
     objective: Objective
     criterion: Criterion | None
     threat: ThreatModel
+    watch: Watch | None = None
 
 
 @dataclass
@@ -217,6 +221,8 @@ def follow(search: Search, problem: Problem, updates: int, found: AttackResult, 
             search.move(problem.threat, update)
         embeddings, value, gradient = _look(search, problem, with_gradient=search.needs_gradient and update < updates)
         search.observe(value, gradient, update)
+        if problem.watch is not None:
+            problem.watch(search.rows, done + update, search.best_value)
         if problem.criterion is not None:
             fooled = problem.criterion.rows(search.rows)(embeddings).to(value.device)
             if isinstance(problem.encoder, Bf16Gradients):
@@ -243,8 +249,19 @@ def _look(search: Search, problem: Problem, *, with_gradient: bool) -> tuple[Ten
     if not bool(torch.isfinite(seen).all()):
         rows = search.rows[~torch.isfinite(seen)].tolist()
         raise RunError(f"{type(problem.objective).__name__} is not finite for the images in rows {rows}")
-    gradient = torch.autograd.grad(value.sum(), at)[0] if with_gradient else None
-    return embeddings.detach(), seen, gradient
+    return embeddings.detach(), seen, input_gradient(value, at) if with_gradient else None
+
+
+def input_gradient(value: Tensor, pixels: Tensor) -> Tensor:
+    """The gradient (b, 3, h, w) of each image's objective, (b,), with respect to its pixels.
+
+    It is zero where the objective does not depend on the pixels in a way that can be differentiated, as behind an
+    encoder that detaches its output: such an attack stays where it started, and `offline.audit.masking` says so.
+    """
+    if not value.requires_grad:
+        return torch.zeros_like(pixels)
+    (gradient,) = torch.autograd.grad(value.sum(), pixels, allow_unused=True)
+    return torch.zeros_like(pixels) if gradient is None else gradient
 
 
 def _confirmed(fooled: Tensor, search: Search, encoder: Attacked, criterion: Criterion) -> Tensor:

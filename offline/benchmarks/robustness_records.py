@@ -1,15 +1,13 @@
 """The records of the robustness benchmark, and the table that follows from them alone."""
 
-import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from offline.benchmarks.intervals import Accuracy as Accuracy
-from offline.errors import PlanError, RunError
+from offline.jsonlines import JsonLines
 from offline.threat import Norm, ThreatModel
 
 
@@ -49,6 +47,7 @@ class RecordFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lines = JsonLines(path)
 
     def read(self) -> list[Record]:
         """All records, oldest first; an unfinished last line is what a kill leaves, and is passed over.
@@ -56,27 +55,11 @@ class RecordFile:
         Raises:
             RunError: a line is damaged.
         """
-        records = []
-        for number, line in enumerate(self._finished().splitlines(), 1):
-            try:
-                records.append(_record(json.loads(line)))
-            except (ValueError, TypeError, PlanError) as error:
-                raise RunError(f"{self.path}, line {number}: not a record: {error}") from error
-        return records
+        return self._lines.read(_record)
 
     def append(self, records: Iterable[Record]) -> None:
         """Add records, to the disk; an unfinished last line gives way."""
-        finished = len(self._finished())
-        lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
-        with self.path.open("ab") as file:
-            file.truncate(finished)
-            file.write(lines.encode())
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _finished(self) -> bytes:
-        content = self.path.read_bytes() if self.path.exists() else b""
-        return content[: content.rfind(b"\n") + 1]
+        self._lines.append(asdict(record) for record in records)
 
 
 def _record(values: dict[str, Any]) -> Record:
