@@ -1,0 +1,122 @@
+"""The figures of an audit as text: Markdown for a terminal, and CSV for a spreadsheet."""
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from offline.audit.rows import VERSIONS, WRONG_WAY, Answers, Figures, Mean, Row
+from offline.benchmarks.intervals import Accuracy
+from perception.verdict import VerdictLabel
+
+L2_NOTE = "Radii of l2 are at 224 px; they scale with the side of an encoder's input."
+
+
+def percent(share: Accuracy | Mean | None) -> str:
+    """A share or mean in [0, 1] in percent with its 95 % interval."""
+    if share is None:
+        return "not measured"
+    low, high = share.interval
+    return f"{100 * share.value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def answers_text(answers: Answers) -> str:
+    """S/B/U in percent, as table III of the paper has it."""
+    return "/".join(f"{100 * share.value:.1f}" for share in answers.shares.values())
+
+
+def images_text(row: Row) -> str:
+    """Which images a row is of."""
+    return ", ".join(part for part in (row.label, row.set) if part) or "all"
+
+
+def attacks_of(rows: Sequence[Row]) -> list[str]:
+    """All attacks that rows have accuracies after, in their order."""
+    return list(dict.fromkeys(attack for row in rows for attack in row.after))
+
+
+def scores_of(rows: Sequence[Row]) -> list[str]:
+    """The names of all means that rows have."""
+    return list(dict.fromkeys(name for row in rows for name in row.means))
+
+
+def table(figures: Figures) -> str:
+    """The rows as a Markdown table: percent with 95 % intervals; one line a row, for rankings one a row and score."""
+    ranked = [row for row in figures.rows if row.means]
+    judged = [row for row in figures.rows if row.clean is not None]
+    parts = []
+    if judged:
+        attacks = attacks_of(judged)
+        after = [f"after {attack}" for attack in attacks]
+        heads = ["system", "setting", "label", "n", "clean", *after, "robust", "8-bit", "S/B/U clean -> attacked"]
+        parts.append(_markdown(heads, (_judged_cells(row, attacks) for row in judged)))
+    if ranked:
+        heads = ["system", "setting", "images", "score", "n", *VERSIONS]
+        parts.append(_markdown(heads, (cells for row in ranked for cells in _ranked_cells(row))))
+    if any(row.setting.norm == "l2" for row in figures.rows):
+        parts.append(L2_NOTE + "\n")
+    return "\n".join(parts)
+
+
+def csv_table(figures: Figures) -> str:
+    """One line a row; all shares and means in [0, 1], empty where there is none."""
+    lines = [_flat(row) for row in figures.rows]
+    columns = list(dict.fromkeys(name for line in lines for name in line))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _no_formula(value) for name, value in line.items()} for line in lines)
+    return text.getvalue()
+
+
+def _markdown(heads: Sequence[str], lines: Iterator[list[str]]) -> str:
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
+
+
+def _judged_cells(row: Row, attacks: Sequence[str]) -> list[str]:
+    after = [percent(row.after[attack]) if attack in row.after else "-" for attack in attacks]
+    breakdown = " -> ".join(answers_text(row.answers[v]) for v in ("clean", "attacked")) if row.answers else "-"
+    name, setting, images = row.system, str(row.setting), images_text(row)
+    measured = [percent(row.clean), *after, percent(row.robust), percent(row.rounded)]
+    return [name, setting, images, str(row.total), *measured, breakdown]
+
+
+def _ranked_cells(row: Row) -> Iterator[list[str]]:
+    for name, means in row.means.items():
+        measured = [percent(means[version]) for version in VERSIONS]
+        yield [row.system, str(row.setting), images_text(row), name, str(means["clean"].total), *measured]
+
+
+def _flat(row: Row) -> dict[str, Any]:
+    """A row as one level of names."""
+    line: dict[str, Any] = {
+        "system": row.system,
+        "combined": row.combined,
+        "norm": row.setting.norm,
+        "eps": row.setting.eps,
+        "steps": row.setting.steps,
+        "label": row.label,
+        "set": row.set,
+        "n": row.total,
+    }
+    shares: dict[str, Accuracy | Mean | None] = {"clean": row.clean}
+    shares |= {f"after_{attack}": share for attack, share in row.after.items()}
+    shares |= {"robust": row.robust, "rounded": row.rounded}
+    if row.answers:
+        way = WRONG_WAY[VerdictLabel(row.label)]
+        shares |= {f"{way}_{version}": share for version, share in row.wrong_way.items()}
+    shares |= {f"{name}_{version}": mean for name, means in row.means.items() for version, mean in means.items()}
+    for name, share in shares.items():
+        if share is not None:
+            low, high = share.interval
+            line |= {name: round(share.value, 6), f"{name}_low": round(low, 6), f"{name}_high": round(high, 6)}
+    for version, answers in row.answers.items():
+        line |= {f"answered_{label}_{version}": share.right for label, share in answers.shares.items()}
+    line |= {"square_gain_points": "" if row.square_gain is None else row.square_gain}
+    return line | {f"updates_{attack}": updates for attack, updates in row.updates.items()}
+
+
+def _no_formula(value: Any) -> Any:
+    """Text that a spreadsheet would take for a formula, with an apostrophe in front."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
