@@ -114,7 +114,7 @@ def test_a_policy_is_calibrated_loaded_and_audited_again(house: Path, capsys: py
     never_content = "policy = { min_margin = 2.0, min_margin_unsafe = 2.0 }"
     run = audit(house, "run", system=never_content, square=0)
     policy = house / "policy.json"
-    targets = {"max_false_negative": 0.1, "max_false_positive": 0.1}
+    targets: dict[str, Any] = {"max_false_negative": 0.1, "max_false_positive": 0.1}
     with pytest.raises(PlanError, match="together"):
         cli.calibrate(run, system="toy", out=policy, norm="linf", **targets)
     cli.calibrate(run, system="toy", out=policy, norm="linf", eps="1/255", steps=8, **targets)
