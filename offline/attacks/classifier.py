@@ -70,7 +70,8 @@ def attack_classifier(
 ) -> AttackResult:
     """Attack the images that a classifier gets right.
 
-    An image that it gets wrong is its own adversarial image, after no updates.
+    An image that it gets wrong is its own adversarial image, after no updates. A classifier that gives no gradients
+    makes the attacks along them stay where they start: 'square', or `offline.audit.masking`, tells such a one apart.
 
     Args:
         logits_fn: (b, 3, h, w) in [0, 1] -> (b, c) logits; images do not influence each other.

@@ -27,7 +27,8 @@ def answers_text(answers: Answers) -> str:
 
 def images_text(row: Row) -> str:
     """Which images a row is of."""
-    return ", ".join(part for part in (row.label, row.set) if part) or "all"
+    label = "" if row.set.startswith(row.label) else row.label  # sets are often called after their label
+    return ", ".join(part for part in (label, row.set) if part) or "all"
 
 
 def attacks_of(rows: Sequence[Row]) -> list[str]:
