@@ -49,7 +49,7 @@ def pretrain(
 
     if threads:
         torch.set_num_threads(threads)
-    plan = plan_from_table(tomllib.loads(config.read_text("utf8")))
+    plan = plan_from_table(_read_toml(config))
     with ProgressDisplay() as display:
         for step, losses in run_pretraining(plan, data_root(data), run, stop_after):
             display.update("pretrain", step, plan.steps, f"loss {losses['loss']:.3f}")
@@ -92,7 +92,7 @@ def finetune(
 
     if threads:
         torch.set_num_threads(threads)
-    plan = plan_from_table(tomllib.loads(config.read_text("utf8")))
+    plan = plan_from_table(_read_toml(config))
     quiet = os.environ.get("RANK", "0") != "0"
     with ProgressDisplay(quiet=quiet) as display:
         updates = run_finetuning(plan, data_root(data), run, cpu=cpu, workers=workers, stop_after=stop_after)
@@ -236,7 +236,7 @@ def audit(
 
     if threads:
         torch.set_num_threads(threads)
-    plan = plan_from_table(tomllib.loads(config.read_text("utf8")))
+    plan = plan_from_table(_read_toml(config))
     recorded = Recorded.load(gate) if gate is not None else None  # read now: not after hours, if it cannot be
     updates = run_audit(plan, data=data_root(data), folder=config.parent, run=run, device=device)
     with ProgressDisplay() as display:
@@ -347,6 +347,15 @@ def draw_benign_hits(*, out: Path) -> None:
     print("\n".join(str(path) for path in draw(out)))
 
 
+def _read_toml(path: Path) -> dict[str, Any]:
+    from offline.errors import PlanError
+
+    try:
+        return tomllib.loads(path.read_text("utf8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path} is no TOML: {error}") from error
+
+
 def _write_json(path: Path | None, figures: dict[str, Any]) -> None:
     if path is not None:
         path.write_text(json.dumps(figures, indent=2) + "\n")
@@ -361,6 +370,6 @@ def main() -> None:
     keep_freed_memory()
     try:
         app()
-    except (PerceptionError, OfflineError, OSError, tomllib.TOMLDecodeError) as error:
+    except (PerceptionError, OfflineError, OSError) as error:
         print(f"hardlook-lab: {error}", file=sys.stderr)
         sys.exit(2)

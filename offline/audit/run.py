@@ -85,12 +85,17 @@ def run_audit(plan: AuditPlan, *, data: Path, folder: Path, run: Path, device: s
     """
     from perception import load_encoder
 
-    directory = RunDirectory(run, {"audit": plan.as_dict()})
-    versions = {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()}
-    directory.log(event="session", versions=versions, device=device, threads=torch.get_num_threads())
+    asked = {"audit": plan.as_dict()}
+    if (run / "plan.json").exists():  # a run of another plan is refused before anything is loaded
+        RunDirectory(run, asked)
+    directory: RunDirectory | None = None
     for system in plan.systems:
         encoder = load_encoder(system.encoder, precision=system.precision, device=device)
         task = open_task(plan, system, encoder, data, folder)
+        if directory is None:  # not before: a plan that cannot be run leaves no directory that no other may use
+            directory = RunDirectory(run, asked)
+            versions = {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()}
+            directory.log(event="session", versions=versions, device=device, threads=torch.get_num_threads())
         _note_system(directory, system, encoder, task)
         yield from SystemAudit(plan, system, encoder, task, run, data).run()
 

@@ -11,6 +11,7 @@ from PIL import Image
 from offline import cli
 from offline.errors import PlanError, RunError
 from perception.encoder import encode_images
+from perception.errors import GalleryError
 from perception.gallery import Gallery
 from perception.policy_file import CalibratedPolicy
 from perception.testing import ToyEncoder
@@ -27,7 +28,7 @@ neighbor_images = "pools"
 [[system]]
 name = "toy"
 encoder = "toy/0"
-gallery = "pools.safetensors"
+gallery = "{gallery}"
 {system}
 
 [[queries]]
@@ -66,10 +67,19 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def audit(house: Path, name: str, *, system: str = "", eps: str = "1/255", square: int = 5, **options: Any) -> Path:
+def audit(
+    house: Path,
+    name: str,
+    *,
+    system: str = "",
+    eps: str = "1/255",
+    square: int = 5,
+    gallery: str = "pools.safetensors",
+    **options: Any,
+) -> Path:
     """Run `hardlook-lab audit`; returns the run directory."""
     config = house / f"{name}.toml"
-    config.write_text(PLAN.format(system=system, eps=eps, square=square))
+    config.write_text(PLAN.format(system=system, eps=eps, square=square, gallery=gallery))
     cli.audit(config, run=house / name, data=house, **options)
     return house / name
 
@@ -108,6 +118,15 @@ def test_a_candidate_goes_through_the_gate_or_not(house: Path, capsys: pytest.Ca
     with pytest.raises(RunError, match="holds no figures"):
         audit(house, "late", gate=house / "pools.safetensors")
     assert not (house / "late").exists(), "a gate that cannot be read is found before the work, not after"
+
+
+def test_what_cannot_be_run_leaves_no_directory_that_no_other_plan_may_use(house: Path) -> None:
+    (house / "bad.toml").write_text("task = [")
+    with pytest.raises(PlanError, match=r"bad\.toml is no TOML"):
+        cli.audit(house / "bad.toml", run=house / "run", data=house)
+    with pytest.raises(GalleryError, match=r"elsewhere\.safetensors"):
+        audit(house, "run", gallery="elsewhere.safetensors")
+    audit(house, "run")
 
 
 def test_a_policy_is_calibrated_loaded_and_audited_again(house: Path, capsys: pytest.CaptureFixture[str]) -> None:
