@@ -216,7 +216,8 @@ class _L2Search(_Search):
         outside = delta.clone()
         outside[gains] = outside[loses] = 0
         norms = _squares(delta, (1, 2, 3))
-        to_spend = (threat.eps**2 - norms).clamp_min(0) / channels + _squares(delta - outside, (1, 2, 3))
+        # A channel has what the two windows held of it, and its part of what the ball still allows.
+        to_spend = (threat.eps**2 - norms).clamp_min(0) / channels + _squares(delta - outside, (2, 3))
         old = delta[gains]
         new = _tiles(numbers[:, 4:], side, self.pixels) + old / (_TINY + _squares(old, (2, 3)).sqrt())
         delta[loses] = 0
