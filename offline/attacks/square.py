@@ -27,7 +27,7 @@ _SCHEDULED_QUERIES = 10_000  # what the schedule was made for
 
 @dataclass(frozen=True)
 class Square(RestartingAttack):
-    """Square Attack for linf and l2; with the objective `Margin` it is AutoAttack's, but for what a window of l2 gets.
+    """Square Attack for linf and l2; with the objective `Margin` it is AutoAttack's.
 
     linf starts from vertical stripes of +-eps, and proposes squares of +-2 eps, one sign a channel, which are
     projected. l2 starts from tiles, and proposes to move the perturbation's mass from one square window to another.
@@ -216,9 +216,8 @@ class _L2Search(_Search):
         outside = delta.clone()
         outside[gains] = outside[loses] = 0
         norms = _squares(delta, (1, 2, 3))
-        # Each channel gets what both windows held of all channels, so that a proposal weighs more than in AutoAttack's
-        # code, which keeps channels apart; on small networks it found more in as many queries.
-        to_spend = (threat.eps**2 - norms).clamp_min(0) / channels + _squares(delta - outside, (1, 2, 3))
+        # A channel has what the two windows held of it, and its part of what the ball still allows.
+        to_spend = (threat.eps**2 - norms).clamp_min(0) / channels + _squares(delta - outside, (2, 3))
         old = delta[gains]
         new = _tiles(numbers[:, 4:], side, self.pixels) + old / (_TINY + _squares(old, (2, 3)).sqrt())
         delta[loses] = 0

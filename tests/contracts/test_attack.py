@@ -29,7 +29,7 @@ ATTACKS: dict[str, Attack] = {  # a new attack joins here
     "pgd": Pgd(steps=10),
     "pgd, momentum": Pgd(steps=6, momentum=0.9, restarts=2),
     "square": Square(queries=80),
-    "square, restarts": Square(queries=20, restarts=2, rescaled=True),
+    "square, restarts": Square(queries=40, restarts=2, rescaled=True),
     "targeted": Targeted(Apgd(steps=4), targets=3),
 }
 every_attack = pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS.keys())

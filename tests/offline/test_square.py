@@ -135,11 +135,11 @@ class Twin:
         gains, loses = self.mask(numbers[0], numbers[1], side), self.mask(numbers[2], numbers[3], side)
         delta = best - self.x
         free = max(self.threat.eps**2 - float(delta.norm()) ** 2, 0.0) / self.channels
-        target = math.sqrt(free + float((delta * (gains | loses)).norm()) ** 2)
         result = delta * ~loses
         for c in range(self.channels):
             old = delta[c, gains].view(side, side)
             new = self.sign(numbers[5 + c]) * self.tile(side, numbers[4]) + old / (1e-12 + old.norm())
+            target = math.sqrt(free + float((delta[c] * (gains | loses)).norm()) ** 2)  # of this channel alone
             result[c, gains] = (new / (1e-12 + new.norm()) * target).flatten()
         return self.allowed(self.x + self.threat.eps * result / result.norm())
 
