@@ -34,13 +34,16 @@ class JsonLines:
                 raise RunError(f"{self.path}, line {number}: not a record: {error}") from error
         return values
 
-    def append(self, values: Iterable[Any]) -> None:
+    def append(self, values: Iterable[Any], *, allow_nan: bool = False) -> None:
         """Add JSON values, to the disk; an unfinished last line gives way.
 
+        Args:
+            allow_nan: write numbers that are not finite as Python does; JSON has no word for them.
+
         Raises:
-            ValueError: a number is not finite, for which JSON has no word.
+            ValueError: a number is not finite.
         """
-        lines = "".join(json.dumps(value, allow_nan=False) + "\n" for value in values)
+        lines = "".join(json.dumps(value, allow_nan=allow_nan) + "\n" for value in values)
         finished = len(self._finished())
         with self.path.open("ab") as file:
             file.truncate(finished)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from offline.errors import RunError
+from offline.jsonlines import JsonLines
 
 
 class RunDirectory:
@@ -37,9 +38,9 @@ class RunDirectory:
             raise RunError(f"{path} holds a run of another plan; choose another --run folder or remove it")
 
     def log(self, **event: Any) -> None:
-        """Append one event to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a") as lines:
-            lines.write(json.dumps({"time_s": round(time.time(), 3), **event}) + "\n")
+        """Append one event to metrics.jsonl; what a kill left of an unfinished one gives way."""
+        entry = {"time_s": round(time.time(), 3), **event}
+        JsonLines(self.path / "metrics.jsonl").append([entry], allow_nan=True)  # a loss may be what went wrong
 
     def save_checkpoint(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Replace the checkpoint; a kill at any moment leaves the old one or the new one."""

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from offline.errors import PlanError
+from offline.errors import PlanError, RunError
 
 Norm = Literal["linf", "l2"]
 NORMS = ("linf", "l2")
@@ -109,6 +109,16 @@ class ThreatModel:
         slack = tolerance * max(1.0, self.eps)
         flat = perturbed.flatten(1)
         return (self.distance(perturbed, pixels) <= self.eps + slack) & ((flat >= 0) & (flat <= 1)).all(1)
+
+    def require(self, perturbed: Tensor, pixels: Tensor, attack: str) -> None:
+        """Check what an attack brought; see `contains`.
+
+        Raises:
+            RunError: an image is outside; names the attack and the largest norm.
+        """
+        if not bool(self.contains(perturbed, pixels).all()):
+            largest = float(self.distance(perturbed, pixels).max())
+            raise RunError(f"{attack} left its threat model {self}: a norm is {largest}, or pixels leave [0, 1]")
 
 
 def parse_eps(value: str | float) -> float:

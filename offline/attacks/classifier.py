@@ -14,7 +14,7 @@ from offline.attacks.search import Problem, SearchAttack, nothing_found
 from offline.attacks.square import Square
 from offline.attacks.targeted import Targeted
 from offline.criteria import ArgmaxWrong
-from offline.errors import PlanError, RunError
+from offline.errors import PlanError
 from offline.objectives import CrossEntropy, Dlr, Margin, Objective
 from offline.seeds import mixed_seed
 from offline.threat import ThreatModel
@@ -161,9 +161,7 @@ def robust_accuracy(
             batch=batch,
             parity=parity,
         )
-        if not bool(threat.contains(found.adversarial, pixels[rows]).all()):
-            largest = float(threat.distance(found.adversarial, pixels[rows]).max())
-            raise RunError(f"{name} left its threat model {threat}: a norm is {largest}, or pixels leave [0, 1]")
+        threat.require(found.adversarial, pixels[rows], name)
         adversarial[rows] = found.adversarial
         standing = standing.clone()
         standing[rows] = _right(_logits(logits_fn, found.adversarial, batch), labels[rows])

@@ -168,7 +168,7 @@ class SystemAudit:
             seed = mixed_seed(self.plan.seed, number, order, bits=32)
             steps = queries if name == SQUARE else setting.steps
             found, traces = self._attack(name, state, at, setting, steps, torch.Generator().manual_seed(seed))
-            self._require_inside(found.adversarial, state.pixels[at], setting, name)
+            setting.threat.require(found.adversarial, state.pixels[at], name)
             state.take(name, at, found, traces, self.encoder)
         return self._records(state, setting, with_examples=with_examples)
 
@@ -186,11 +186,6 @@ class SystemAudit:
         found = nothing_found(pixels)
         attack.go_on(problem, pixels, found, generator)
         return found, traces
-
-    def _require_inside(self, perturbed: Tensor, pixels: Tensor, setting: Setting, name: str) -> None:
-        if not bool(setting.threat.contains(perturbed, pixels).all()):
-            largest = float(setting.threat.distance(perturbed, pixels).max())
-            raise RunError(f"{name} left its threat model {setting}: a norm is {largest}, or pixels leave [0, 1]")
 
     def _records(self, state: "_State", setting: Setting, *, with_examples: bool) -> list[AuditRecord]:
         eight_bit = (state.images * 255).round().to(torch.uint8).cpu().numpy()

@@ -24,7 +24,7 @@ from offline.benchmarks.embedding import encode_examples
 from offline.benchmarks.robustness_records import Record, RecordFile
 from offline.criteria import NearestNeighborWrong
 from offline.data.archives import read_labelled_zip
-from offline.errors import PlanError, RunError
+from offline.errors import PlanError
 from offline.folding import fold
 from offline.objectives import EmbeddingShift
 from offline.runs import RunDirectory
@@ -182,11 +182,7 @@ class _Judge:
             apgd, shift = Apgd(steps=self.plan.steps), EmbeddingShift(clean[rows])
             found = apgd.attack(self.attacked, shift, wrong.rows(rows), pixels[rows], threat, generator=generator)
             perturbed[rows] = found.adversarial
-        if not bool(threat.contains(perturbed, pixels).all()):
-            largest = float(threat.distance(perturbed, pixels).max())
-            raise RunError(
-                f"APGD left its threat model {threat}: a perturbation has norm {largest}, or pixels leave [0, 1]"
-            )
+        threat.require(perturbed, pixels, "APGD")
         with torch.no_grad():
             after = self.encoder.encode(perturbed)
         robust = correct & ~wrong(after)

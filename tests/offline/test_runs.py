@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from offline.errors import RunError
-from offline.runs import RunDirectory, adam_tensors, restore_adam
+from offline.runs import RunDirectory, adam_tensors, read_events, restore_adam
 
 
 def test_checkpoints_come_back(tmp_path: Path) -> None:
@@ -58,3 +58,12 @@ def test_a_restored_optimizer_goes_on_as_if_nothing_had_happened() -> None:
     for step in range(2, 4):
         update(second, second_optimizer, step)
     assert torch.equal(second.weight, whole.weight)
+
+
+def test_an_event_that_a_kill_cut_off_gives_way(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path, {})
+    run.log(event="step", loss=float("nan"))
+    with (tmp_path / "metrics.jsonl").open("a") as lines:
+        lines.write('{"time_s": 1, "eve')
+    run.log(event="step", loss=2.0)
+    assert [event["loss"] for event in read_events(tmp_path, "step")][1:] == [2.0]
