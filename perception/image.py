@@ -1,7 +1,7 @@
 """From bytes to RGB frames: the only place in the repository that opens an image.
 
-Owns the format allow-list, the limits, orientation, colour modes, transparency and frame sampling. Needs Pillow and
-numpy alone, so that decoding workers stay small. Raises nothing but ImageError.
+Owns the format allow-list, the limits, orientation, colour modes, transparency and frame sampling; ICC profiles are
+`perception.colour`'s. Needs Pillow and numpy alone, so that decoding workers stay small. Raises nothing but ImageError.
 """
 
 import io
@@ -16,6 +16,7 @@ import numpy as np
 import pillow_heif
 from PIL import Image, UnidentifiedImageError
 
+from perception.colour import to_srgb
 from perception.errors import CorruptImage, ImageError, ImageTooLarge, UnsupportedFormat
 
 pillow_heif.register_heif_opener(thumbnails=False)
@@ -225,7 +226,7 @@ def _rgb_views(image: Image.Image) -> Iterator[tuple[Background | None, Image.Im
         rgba = image.convert("RGBA")
         lowest = rgba.getchannel("A").getextrema()[0]
         if isinstance(lowest, (int, float)) and lowest < 255:
-            opaque, alpha = rgba.convert("RGB"), rgba.getchannel("A")
+            opaque, alpha = to_srgb(rgba.convert("RGB")), rgba.getchannel("A")
             del image, rgba  # large ones cost hundreds of megabytes each
             for name, colour in _BACKGROUNDS:
                 canvas = Image.new("RGB", opaque.size, colour)
@@ -233,7 +234,10 @@ def _rgb_views(image: Image.Image) -> Iterator[tuple[Background | None, Image.Im
                 yield name, canvas
             return
         image = rgba
-    yield None, image.copy() if image.mode == "RGB" else image.convert("RGB")
+    if image.mode not in ("L", "CMYK", "RGB"):
+        image = image.convert("RGB")
+    shown = to_srgb(image)
+    yield None, image.copy() if shown is image and image.mode == "RGB" else shown.convert("RGB")
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -252,4 +256,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
         return image
     if not math.isfinite(float(values.sum())):
         raise CorruptImage("pixel values are not finite")
-    return Image.fromarray(np.clip(np.round(values), 0, 255).astype(np.uint8))
+    grey = Image.fromarray(np.clip(np.round(values), 0, 255).astype(np.uint8))
+    if "icc_profile" in image.info:
+        grey.info["icc_profile"] = image.info["icc_profile"]
+    return grey
