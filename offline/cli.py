@@ -364,8 +364,8 @@ def _write_json(path: Path | None, figures: dict[str, Any]) -> None:
 def main() -> None:
     """Entry point: one clear line and exit code 2 for what the user can mend."""
     from offline.errors import OfflineError
-    from offline.memory import keep_freed_memory
     from perception.errors import PerceptionError
+    from perception.memory import keep_freed_memory
 
     keep_freed_memory()
     try:

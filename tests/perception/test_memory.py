@@ -7,7 +7,7 @@ import pytest
 
 _JOB = """
 import resource, sys
-from offline.memory import keep_freed_memory
+from perception.memory import keep_freed_memory
 if sys.argv[1] == "keep" and not keep_freed_memory():
     sys.exit(3)
 import numpy as np

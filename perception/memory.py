@@ -1,6 +1,6 @@
-"""The C library's allocator, told to keep what jobs free.
+"""The C library's allocator, told to keep what is freed.
 
-A forward and backward pass allocates and frees hundreds of large tensors. glibc hands those above 32 MiB, and the top
+A pass through an encoder allocates and frees hundreds of large tensors. glibc hands those above 32 MiB, and the top
 of its heap, back to the system each time, and the system clears every page before it gives it out again.
 """
 
