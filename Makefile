@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.installed
-EXTRAS := service,offline,demo,dev
+EXTRAS := service,otel,offline,demo,dev
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo serve check test constraints clean

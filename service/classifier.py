@@ -5,9 +5,14 @@ exceptions of perception, indexer or `service.errors`.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+import hashlib
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from indexer.contents import Exemplar
 from indexer.snapshot import Snapshot
@@ -15,8 +20,33 @@ from perception.verdict import DecisionPolicy, Neighbor, PoolLabel, Verdict, mos
 from service.batching import Batcher
 from service.decoding import DecoderPool, FrameOrigin, PreparedImage
 from service.engine import Query, Search, Sighting
-from service.errors import DeadlineExceeded, InvalidParameter
+from service.errors import (
+    DeadlineExceeded,
+    FetchDisabled,
+    FetchError,
+    FetchTimeout,
+    InvalidParameter,
+    Unavailable,
+    UrlRefused,
+)
+from service.fetch import Fetcher
 from service.published import Published
+from service.telemetry import Metrics
+from service.tracing import past_span, span
+
+FetchOutcome = Literal["ok", "disabled", "refused", "failed", "timeout"]
+_FETCH_OUTCOMES: Mapping[type[FetchError], FetchOutcome] = {
+    FetchDisabled: "disabled",
+    UrlRefused: "refused",
+    FetchTimeout: "timeout",
+}
+
+
+@dataclass(frozen=True)
+class RemoteImage:
+    """An image that is to be fetched; the URL is as the caller gave it."""
+
+    url: str
 
 
 @dataclass(frozen=True)
@@ -32,6 +62,8 @@ class Classification:
     """The answer for one image.
 
     Attributes:
+        embedding: (d,) unit float32, of the frame that decided.
+        sha256: of the file.
         image: as decoded.
         verdict: the most cautious over all frames.
         frame: the frame that decided.
@@ -42,14 +74,25 @@ class Classification:
     verdict: Verdict
     frame: FrameOrigin
     matches: tuple[Match, ...]
+    embedding: NDArray[np.float32]
+    sha256: bytes
 
 
 @dataclass(frozen=True)
 class Lookup:
-    """The answer to one search; `image` is None for a prompt."""
+    """The answer to one search.
+
+    Attributes:
+        image: as decoded; None for a prompt.
+        matches: most similar first.
+        embedding: (d,) unit float32, of what was searched with.
+        sha256: of the file; None for a prompt.
+    """
 
     image: PreparedImage | None
     matches: tuple[Match, ...]
+    embedding: NDArray[np.float32]
+    sha256: bytes | None
 
 
 class Classifier:
@@ -62,8 +105,11 @@ class Classifier:
         published: the snapshots.
         decoder: turns bytes into frames.
         batcher: turns frames and prompts into embeddings and neighbours.
+        fetcher: turns URLs into bytes.
         policy: turns neighbours into verdicts.
-        deadline_s: for one image or prompt, from submission to answer.
+        deadline_s: of an answer; named in errors, kept by `until_s` of each call.
+        metrics: told of every stage and verdict.
+        answered: called for each image that got a verdict, neighbours or an error of its own.
     """
 
     def __init__(
@@ -71,11 +117,15 @@ class Classifier:
         published: Published,
         decoder: DecoderPool,
         batcher: Batcher[Query, Sighting],
+        fetcher: Fetcher,
         policy: DecisionPolicy,
         deadline_s: float,
+        metrics: Metrics,
+        answered: Callable[[], None],
     ) -> None:
         self._published, self._decoder, self._batcher = published, decoder, batcher
         self._policy, self._deadline_s = policy, deadline_s
+        self._fetcher, self._metrics, self._answered = fetcher, metrics, answered
 
     def searchable(self, gallery: str | None, pool: PoolLabel | None) -> Snapshot:
         """The snapshot that a search with these parameters goes to.
@@ -91,62 +141,128 @@ class Classifier:
             raise InvalidParameter("pool", "name a gallery or a pool, not both")
         return self._published.get(gallery)
 
-    async def classify(self, data: bytes, snapshot: Snapshot, shown: int) -> Classification:
+    async def classify(
+        self, source: bytes | RemoteImage, snapshot: Snapshot, shown: int, until_s: float
+    ) -> Classification:
         """Classify one image file.
 
         Args:
-            data: the file's bytes.
+            source: the file's bytes, or where to fetch them.
             snapshot: of the moderation pools.
             shown: neighbours of each pool to answer with; the verdict does not depend on it.
+            until_s: when the answer must be there, in the event loop's time.
 
         Raises:
-            ImageError, DecodingError, NonFiniteEmbedding: the image cannot be judged.
+            FetchError: the image cannot be fetched.
+            ImageError, DecodingError, NonFiniteEmbedding: it cannot be judged.
             Unavailable: no answer in time, or no room for it.
         """
         search = Search(snapshot, max(shown, self._policy.neighbors_needed), each_pool=True)
-        async with self._deadline():
-            image = await self._decoder.prepare(data)
-            queries = [Query(pixels, search) for pixels in image.pixels]
-            sightings = await self._batcher.submit(queries, timeout_s=self._deadline_s)
-        verdicts = [self._policy.decide(sighting.neighbors) for sighting in sightings]
-        deciding = most_cautious(verdicts)
-        verdict = verdicts[deciding]
+        async with self._answer(until_s):
+            image, sha256 = await self._prepare(source)
+            sightings = await self._look_up([Query(pixels, search) for pixels in image.pixels])
+        with self._metrics.stage("decide"), span("decide"):
+            verdicts = [self._policy.decide(sighting.neighbors) for sighting in sightings]
+            deciding = most_cautious(verdicts)
+        verdict, frame = verdicts[deciding], image.frames[deciding]
         evidence = [
             neighbor for pool in PoolLabel for neighbor in [n for n in verdict.neighbors if n.pool == pool][:shown]
         ]
         evidence.sort(key=lambda n: -n.similarity)
-        return Classification(image, verdict, image.frames[deciding], _matches(snapshot, evidence))
+        self._metrics.verdict(verdict.label, verdict.pool, verdict.margin)
+        for kind in disagreements(image.frames, verdicts, deciding):
+            self._metrics.disagreement(kind)
+        return Classification(
+            image, verdict, frame, _matches(snapshot, evidence), sightings[deciding].embedding, sha256
+        )
 
-    async def similar(self, subject: bytes | str, search: Search, min_similarity: float) -> Lookup:
+    async def similar(self, subject: bytes | RemoteImage | str, search: Search, until_s: float) -> Lookup:
         """Find the exemplars that an image (its first frame) or a prompt is most similar to.
 
         Args:
-            subject: an image file's bytes, or a prompt.
+            subject: an image file's bytes, where to fetch them, or a prompt.
             search: where, and how many.
-            min_similarity: leave out what is less similar.
+            until_s: when the answer must be there, in the event loop's time.
 
         Raises:
             TextUnsupported: a prompt, for an encoder without a text tower.
             Exception: those of `classify`.
         """
-        async with self._deadline():
-            image = await self._decoder.prepare(subject) if isinstance(subject, bytes) else None
-            query = Query(image.pixels[0] if image else str(subject), search)
-            [sighting] = await self._batcher.submit([query], timeout_s=self._deadline_s)
-        near = [n for n in sighting.neighbors if n.similarity >= min_similarity]
-        return Lookup(image, _matches(search.snapshot, near))
+        async with self._answer(until_s):
+            if isinstance(subject, str):
+                image, sha256, query = None, None, Query(subject, search)
+            else:
+                image, sha256 = await self._prepare(subject)
+                query = Query(image.pixels[0], search)
+            [sighting] = await self._look_up([query])
+        return Lookup(image, _matches(search.snapshot, sighting.neighbors), sighting.embedding, sha256)
+
+    async def _prepare(self, source: bytes | RemoteImage) -> tuple[PreparedImage, bytes]:
+        """The frames of an image, and the hash of its file."""
+        if isinstance(source, RemoteImage):
+            source = await self._fetch(source.url)
+        with self._metrics.stage("decode"), span("decode"):
+            return await self._decoder.prepare(source), hashlib.sha256(source).digest()
+
+    async def _look_up(self, queries: Sequence[Query]) -> list[Sighting]:
+        sightings = await self._batcher.submit(queries)
+        for timing in sightings[0].timings:
+            past_span(*timing)
+        return sightings
+
+    async def _fetch(self, url: str) -> bytes:
+        outcome: FetchOutcome = "failed"
+        try:
+            with self._metrics.stage("fetch"), span("fetch"):
+                data = await self._fetcher.fetch(url)
+            outcome = "ok"
+        except FetchError as error:
+            outcome = _FETCH_OUTCOMES.get(type(error), "failed")
+            raise
+        finally:
+            self._metrics.fetched(outcome)
+        return data
 
     @asynccontextmanager
-    async def _deadline(self) -> AsyncIterator[None]:
-        timer = asyncio.timeout(self._deadline_s)
+    async def _answer(self, until_s: float) -> AsyncIterator[None]:
+        """Keep the time, and count what got an answer: of its own, not one about the service's load."""
+        timer = asyncio.timeout_at(until_s)
         try:
             async with timer:
                 yield
         except TimeoutError as error:
             if timer.expired():
                 raise DeadlineExceeded(self._deadline_s) from error
+            self._answered()
             raise
+        except Unavailable:
+            raise
+        except Exception:
+            self._answered()
+            raise
+        self._answered()
 
 
-def _matches(snapshot: Snapshot, neighbors: list[Neighbor]) -> tuple[Match, ...]:
+def disagreements(
+    frames: Sequence[FrameOrigin], verdicts: Sequence[Verdict], deciding: int
+) -> Iterator[Literal["frames", "backgrounds", "neighbors"]]:
+    """In what the evidence on one image contradicts itself.
+
+    Between frames; between the two backgrounds of one frame, which says that the image shows different things on light
+    and dark pages; between the nearest exemplar and the majority of the nearest three, in the deciding frame.
+    """
+    labels = [verdict.label for verdict in verdicts]
+    by_frame: dict[int, set[str]] = {}
+    for frame, label in zip(frames, labels, strict=True):
+        by_frame.setdefault(frame.index, set()).add(label)
+    if any(len(found) > 1 for found in by_frame.values()):
+        yield "backgrounds"
+    if len(by_frame) > 1 and len(set(labels)) > 1:
+        yield "frames"
+    nearest = [n.pool for n in sorted(verdicts[deciding].neighbors, key=lambda n: -n.similarity)[:3]]
+    if len(nearest) == 3 and nearest[1] == nearest[2] != nearest[0]:
+        yield "neighbors"
+
+
+def _matches(snapshot: Snapshot, neighbors: Iterable[Neighbor]) -> tuple[Match, ...]:
     return tuple(Match(neighbor, snapshot.exemplar(neighbor.id)) for neighbor in neighbors)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
@@ -9,10 +10,13 @@ from typing import NoReturn
 
 from cyclopts import App, CycloptsError
 
+from indexer.errors import IndexerError
+from perception.errors import PerceptionError
 from service.errors import ServiceError
 from service.settings import Settings, read_settings
 
 START_FAILED = 2
+_EXPECTED = (ServiceError, IndexerError, PerceptionError)
 
 
 def main(tokens: Sequence[str] | None = None) -> None:
@@ -24,8 +28,11 @@ def main(tokens: Sequence[str] | None = None) -> None:
 
 
 def _app() -> App:
+    from service.keys_cli import keys_app
+
     app = App(name="hardlook-serve")
     app.default(_run)
+    app.command(keys_app())
     return app
 
 
@@ -39,27 +46,42 @@ def _run() -> None:
 
 
 def serve(settings: Settings) -> None:
-    """Load, then listen."""
+    """Listen, and load meanwhile; a start that fails ends the process."""
     import uvicorn
 
-    from indexer.errors import IndexerError
-    from perception.errors import PerceptionError
-    from service.app import create_app, load
+    from perception.memory import keep_freed_memory
+    from service.app import create_app
+    from service.keys import exposed_without_keys
     from service.request_log import configure_logging
+    from service.tracing import configure_tracing
 
     configure_logging(settings.log_level)
+    keep_freed_memory()
+    if reason := exposed_without_keys(settings):
+        _fail(reason)
     try:
-        service = create_app(settings, load(settings))
-    except (ServiceError, IndexerError, PerceptionError) as error:
+        configure_tracing(os.environ)
+    except ServiceError as error:
         _fail(str(error))
+    failures: list[Exception] = []
+
+    def failed(error: Exception) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    service = create_app(settings, failed=failed)
 
     class Server(uvicorn.Server):
         """Says that it is draining before it stops accepting."""
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            if hasattr(service.state, "runtime"):
-                service.state.runtime.draining = True
-            super().handle_exit(sig, frame)
+            first, service.state.draining = not service.state.draining, True
+            if first and settings.shutdown_delay_s:  # a second signal does not wait
+                timer = threading.Timer(settings.shutdown_delay_s, super().handle_exit, (sig, frame))
+                timer.daemon = True
+                timer.start()
+            else:
+                super().handle_exit(sig, frame)
 
     config = uvicorn.Config(
         service,
@@ -68,12 +90,19 @@ def serve(settings: Settings) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        # An address in a header is believed only where it comes from a proxy that the operator has named.
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=list(settings.trusted_proxies),
         # A request that is already accepted gets its answer, or its deadline.
         timeout_graceful_shutdown=int(settings.deadline_s) + 1,
     )
     server = Server(config)
     with suppress(KeyboardInterrupt):  # uvicorn repeats the signal once it has stopped cleanly
         server.run()
+    if failures:
+        if not isinstance(failures[0], _EXPECTED):
+            raise failures[0]
+        _fail(str(failures[0]))
     if not server.started:
         _fail("the service did not start; the log says why")
 

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
@@ -28,9 +29,16 @@ _IMAGE_ERRORS: dict[str, type[ImageError]] = {e.__name__: e for e in (Unsupporte
 _START_TIMEOUT_S = 60.0
 _RESTART_PAUSE_S = 1.0
 _MAX_HEADER_BYTES = 64 * 1024
-# glibc gives blocks above the threshold back to the system as soon as they are freed; OpenBLAS would reserve address
-# space for every core. Nothing else of the service's environment reaches a process that handles untrusted bytes.
-_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "OPENBLAS_NUM_THREADS": "1"}
+_READ_AHEAD_BYTES = 1024 * 1024
+# glibc gives blocks above the first threshold, and what is free above the second at the top of its heap, back to the
+# system as soon as they are freed; lower ones would make every small image pay for fresh pages. OpenBLAS would reserve
+# address space for every core. Nothing else of the service's environment reaches a process that handles hostile bytes.
+_ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(1024 * 1024),
+    "MALLOC_TRIM_THRESHOLD_": str(8 * 1024 * 1024),
+    "OPENBLAS_NUM_THREADS": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,7 @@ class _Worker:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             env=environment,
+            limit=_READ_AHEAD_BYTES,
         )
         worker = cls(process, settings)
         config = configuration(settings.limits, settings.preprocess, settings.timeout_s, settings.memory_bytes)
@@ -165,8 +174,7 @@ class _Worker:
             return None
 
     async def _send(self, data: bytes) -> None:
-        self._stdin.write(len(data).to_bytes(LENGTH_BYTES, "big"))
-        self._stdin.write(data)
+        self._stdin.writelines((len(data).to_bytes(LENGTH_BYTES, "big"), data))
         await self._stdin.drain()
 
     async def _receive(self, most_bytes: int) -> bytes:
@@ -183,16 +191,31 @@ class DecoderPool:
         settings: what every worker is started with.
         workers: how many; as many images are decoded at a time.
         images_per_worker: after that many a worker is replaced, so that what it leaks comes back.
+        replaced: told why each worker was replaced: 'died', 'limit', 'grown' or 'served enough'.
     """
 
-    def __init__(self, settings: DecoderSettings, *, workers: int, images_per_worker: int = 500) -> None:
+    def __init__(
+        self,
+        settings: DecoderSettings,
+        *,
+        workers: int,
+        images_per_worker: int = 500,
+        replaced: Callable[[str], object] = lambda reason: None,
+    ) -> None:
         if workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers}")
         self.workers = workers
         self._settings, self._images_per_worker = settings, images_per_worker
         self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._replaced = replaced
+        self._waiting = 0
         self._closing = False
+
+    @property
+    def waiting(self) -> int:
+        """How many images wait for a worker."""
+        return self._waiting
 
     async def __aenter__(self) -> Self:
         """Start all workers.
@@ -231,10 +254,14 @@ class DecoderPool:
             DecodeLimitExceeded: it took more time or memory than one image may.
             DecoderCrashed: the decoder died.
         """
-        worker = await self._idle.get()
-        while worker.ended:  # of itself while it was idle: no fault of this image
-            self._spawn(self._replace(worker))
+        self._waiting += 1
+        try:
             worker = await self._idle.get()
+            while worker.ended:  # of itself while it was idle: no fault of this image
+                self._spawn(self._replace(worker, "died"))
+                worker = await self._idle.get()
+        finally:
+            self._waiting -= 1
         return await asyncio.shield(self._spawn(self._serve(worker, data)))
 
     def _spawn(self, work: Any) -> "asyncio.Task[Any]":
@@ -250,27 +277,33 @@ class DecoderPool:
 
     async def _serve(self, worker: _Worker, data: bytes) -> PreparedImage:
         limit_s = self._settings.timeout_s
-        usable = False
+        reason = "died"  # until it has answered
         try:
             async with asyncio.timeout(limit_s):
                 prepared = await worker.prepare(data)
-            usable = True
+            reason = ""
         except (ImageError, DecodeLimitExceeded):
-            usable = True
+            reason = ""
             raise
         except TimeoutError as error:
+            reason = "limit"
             raise DecodeLimitExceeded("seconds", limit_s) from error
         except (OSError, EOFError, ValueError, KeyError, TypeError, _ProtocolBroken) as error:
             raise DecoderCrashed(await worker.exit_code()) from error
         finally:
-            if usable and not worker.retire and worker.served < self._images_per_worker:
-                self._idle.put_nowait(worker)
+            if not reason and worker.retire:
+                reason = "grown"
+            elif not reason and worker.served >= self._images_per_worker:
+                reason = "served enough"
+            if reason:
+                self._spawn(self._replace(worker, reason))
             else:
-                self._spawn(self._replace(worker))
+                self._idle.put_nowait(worker)
         return prepared
 
-    async def _replace(self, worker: _Worker) -> None:
+    async def _replace(self, worker: _Worker, reason: str) -> None:
         """End a worker and put a new one in its place, however often that has to be tried."""
+        self._replaced(reason)
         await worker.kill()
         while not self._closing:
             try:

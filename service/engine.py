@@ -1,9 +1,11 @@
-"""Engine: what runs in the one worker thread; pixels or prompts in, embeddings and their neighbours out.
+"""Engine: what runs in the thread of one replica; pixels or prompts in, embeddings and their neighbours out.
 
 Owns the order encode -> finite check -> search. Knows nothing of asyncio, files, verdicts or HTTP.
 """
 
+import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +20,7 @@ from perception.errors import NonFiniteEmbedding
 from perception.preprocess import to_pixels
 from perception.verdict import Neighbor
 from service.errors import TextUnsupported
+from service.telemetry import Metrics
 
 
 class ServingEncoder(Encoder, Protocol):
@@ -62,10 +65,17 @@ class Query:
 
 @dataclass(frozen=True, eq=False)
 class Sighting:
-    """One answered query: embedding (d,) unit float32, and neighbours as the search ordered them."""
+    """One answered query.
+
+    Attributes:
+        embedding: (d,) unit float32.
+        neighbors: as the search ordered them.
+        timings: stage, begin and end of what its batch went through, in nanoseconds of the wall clock.
+    """
 
     embedding: NDArray[np.float32]
     neighbors: tuple[Neighbor, ...]
+    timings: tuple[tuple[str, int, int], ...] = ()
 
 
 class Engine:
@@ -74,10 +84,12 @@ class Engine:
     Args:
         encoder: of the images.
         text: its text tower, None where it has none.
+        metrics: told how long batches take to encode and to search; None where nobody asks.
     """
 
-    def __init__(self, encoder: ServingEncoder, text: TextTower | None) -> None:
+    def __init__(self, encoder: ServingEncoder, text: TextTower | None, metrics: Metrics | None = None) -> None:
         self._encoder, self._text = encoder, text
+        self._stage = nullcontext if metrics is None else metrics.stage
 
     def answer(self, queries: Sequence[Query]) -> list[Sighting]:
         """Answer a batch, in order.
@@ -86,6 +98,23 @@ class Engine:
             NonFiniteEmbedding: a query has no embedding to search with; `rows` are positions in the batch.
             TextUnsupported: a prompt, but no text tower.
         """
+        began_ns = time.time_ns()
+        with self._stage("encode"):
+            embeddings = self._encode(queries)
+        encoded_ns = time.time_ns()
+        bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
+        if bad.size:
+            raise NonFiniteEmbedding(tuple(int(row) for row in bad))
+        with self._stage("search"):
+            found = self._search(queries, embeddings)
+        timings = (("encode", began_ns, encoded_ns), ("search", encoded_ns, time.time_ns()))
+        return [
+            Sighting(embedding.copy(), neighbors, timings)
+            for embedding, neighbors in zip(embeddings, found, strict=True)
+        ]
+
+    def _encode(self, queries: Sequence[Query]) -> NDArray[np.float32]:
+        """(n, d) unit embeddings, not checked."""
         embeddings = np.empty((len(queries), self._encoder.dim), np.float32)
         images = [(row, q.subject) for row, q in enumerate(queries) if not isinstance(q.subject, str)]
         prompts = [(row, q.subject) for row, q in enumerate(queries) if isinstance(q.subject, str)]
@@ -98,12 +127,9 @@ class Engine:
                     raise TextUnsupported(self._encoder.name)
                 encoded = self._text.encode_text([prompt for _, prompt in prompts])
                 embeddings[[row for row, _ in prompts]] = encoded.cpu().numpy()
-        bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
-        if bad.size:
-            raise NonFiniteEmbedding(tuple(int(row) for row in bad))
-        return self._search(queries, embeddings)
+        return embeddings
 
-    def _search(self, queries: Sequence[Query], embeddings: NDArray[np.float32]) -> list[Sighting]:
+    def _search(self, queries: Sequence[Query], embeddings: NDArray[np.float32]) -> list[tuple[Neighbor, ...]]:
         """One call for all queries that ask the same of the same snapshot."""
         rows_of: dict[Search, list[int]] = {}
         for row, query in enumerate(queries):
@@ -115,4 +141,4 @@ class Engine:
             else:
                 hits = search.snapshot.search(embeddings[rows], search.k, label=search.label)
             found.update(zip(rows, map(tuple, hits), strict=True))
-        return [Sighting(embeddings[row].copy(), found[row]) for row in range(len(queries))]
+        return [found[row] for row in range(len(queries))]

@@ -10,13 +10,22 @@
     │   ├── BodyTooLarge           more bytes than a request may have
     │   ├── TooManyImages          more images than a request may have
     │   ├── BodyTimeout            the body did not arrive in time
-    │   └── TextUnsupported        a text prompt for an encoder without a text tower
+    │   ├── TextUnsupported        a text prompt for an encoder without a text tower
+    │   ├── Unauthenticated        no key, or none that is known and in force
+    │   ├── Forbidden              the key has not the scope
+    │   └── RateLimited            more than the key may ask for; later it may again
+    ├── FetchError                 an image that was to be fetched from a URL
+    │   ├── FetchDisabled          the operator has not turned fetching on
+    │   ├── UrlRefused             not a URL that is fetched: scheme, host, address, port, redirects
+    │   ├── FetchFailed            its server did not deliver
+    │   └── FetchTimeout           its server did not deliver in time
     ├── DecodingError              one image stopped its decoder; the image is at fault
     │   ├── DecodeLimitExceeded    more time or memory than one image may take
     │   └── DecoderCrashed         the decoding process died
     └── Unavailable                the caller may try again
         ├── NotReady               no pools, or shutting down
         ├── Overloaded             a bounded queue is full
+        ├── WaitTooLong            the answer would not be there in time, so the work is not begun
         └── DeadlineExceeded       the answer was not there in time
 
 Exceptions carry their data; none knows an HTTP status: `service.problems` does.
@@ -97,6 +106,65 @@ class TextUnsupported(RequestError):
         super().__init__(f"encoder {encoder!r} has no text tower: search with an image instead")
 
 
+class Unauthenticated(RequestError):
+    """The request has no API key, or one that is unknown, revoked or expired; `reason` never holds any of it."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"not authenticated: {reason}")
+
+
+class Forbidden(RequestError):
+    """The API key does not allow what was asked for."""
+
+    def __init__(self, scope: str) -> None:
+        self.scope = scope
+        super().__init__(f"not allowed: the scope {scope!r} is needed")
+
+
+class RateLimited(RequestError):
+    """More images in a time than the caller may send; `retry_after_s` says when there is room again."""
+
+    def __init__(self, limit: str, retry_after_s: float) -> None:
+        self.limit, self.retry_after_s = limit, retry_after_s
+        super().__init__(f"rate limit exceeded: the limit is {limit}, try again in {retry_after_s:.0f} s")
+
+
+class FetchError(ServiceError):
+    """An image could not be fetched from its URL. No message holds the URL's path or query."""
+
+
+class FetchDisabled(FetchError):
+    """This service fetches nothing."""
+
+    def __init__(self) -> None:
+        super().__init__("this service fetches no URLs: send the image itself")
+
+
+class UrlRefused(FetchError):
+    """The URL, an address that its host resolves to, or a redirect of it is not one that is fetched."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"URL refused: {reason}")
+
+
+class FetchFailed(FetchError):
+    """The URL's server could not be reached or did not answer with a file."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"URL cannot be fetched: {reason}")
+
+
+class FetchTimeout(FetchError):
+    """The URL's server did not deliver in time."""
+
+    def __init__(self, limit_s: float) -> None:
+        self.limit_s = limit_s
+        super().__init__(f"URL not fetched within {limit_s} s")
+
+
 class DecodingError(ServiceError):
     """One image stopped its decoder."""
 
@@ -135,6 +203,15 @@ class Overloaded(Unavailable):
     def __init__(self, queue: str, limit: int) -> None:
         self.queue, self.limit = queue, limit
         super().__init__(f"overloaded: {queue} is full, its limit is {limit}")
+
+
+class WaitTooLong(Unavailable):
+    """What is in progress already would take longer than the deadline allows."""
+
+    def __init__(self, expected_s: float, limit_s: float) -> None:
+        self.expected_s, self.limit_s = round(expected_s, 1), limit_s
+        self.retry_after_s = max(1.0, expected_s - limit_s)
+        super().__init__(f"overloaded: an answer would take about {expected_s:.1f} s, the limit is {limit_s} s")
 
 
 class DeadlineExceeded(Unavailable):

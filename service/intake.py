@@ -19,6 +19,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from perception.errors import ImageTooLarge
+from service.classifier import RemoteImage
 from service.errors import (
     BodyTimeout,
     BodyTooLarge,
@@ -28,8 +29,8 @@ from service.errors import (
     TooManyImages,
     UnsupportedBody,
 )
-from service.schemas import MAX_ID_CHARS, MAX_TEXT_CHARS, ClassifyBody, ImageData, SimilarBody
 from service.settings import Settings
+from service.wire import MAX_ID_CHARS, MAX_TEXT_CHARS, ClassifyBody, ImageData, SimilarBody
 
 JSON, MULTIPART, RAW = "application/json", "multipart/form-data", "application/octet-stream"
 ACCEPTED_BODIES = (MULTIPART, "image/*", RAW, JSON)
@@ -46,11 +47,11 @@ class Upload:
 
     Attributes:
         id: the caller's id or file name, else the position.
-        content: the file's bytes, or why there are none.
+        content: the file's bytes, where to fetch them, or why there are none.
     """
 
     id: str
-    content: bytes | ImageTooLarge | MalformedBody
+    content: bytes | RemoteImage | ImageTooLarge | MalformedBody
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def _parse_json(body: bytes, body_type: type[Body], settings: Settings) -> Submi
     if len(images) > settings.max_images_per_request:
         raise TooManyImages(settings.max_images_per_request)
     uploads = tuple(
-        Upload(str(position) if image.id is None else image.id, _decode_base64(image))
+        Upload(str(position) if image.id is None else image.id, _content(image))
         for position, image in enumerate(images)
     )
     given = parsed.model_dump(exclude_unset=True, exclude={"images", "text"})
@@ -206,11 +207,15 @@ def _json_error(error: ValidationError) -> ServiceError:
     location = [str(part) for part in first["loc"]]
     if len(location) == 1 and location != ["images"]:
         return invalid_parameter([first])
-    return MalformedBody(f"{'.'.join(location)[:MAX_ID_CHARS]}: {first['msg']}".removeprefix(": "))
+    reason = first["msg"].removeprefix("Value error, ")
+    return MalformedBody(f"{'.'.join(location)[:MAX_ID_CHARS]}: {reason}".removeprefix(": "))
 
 
-def _decode_base64(image: ImageData) -> bytes | MalformedBody:
-    data = image.data
+def _content(image: ImageData) -> bytes | RemoteImage | MalformedBody:
+    return RemoteImage(image.url) if image.url is not None else _decode_base64(image.data or "")
+
+
+def _decode_base64(data: str) -> bytes | MalformedBody:
     if data.startswith("data:"):
         header, comma, data = data.partition(",")
         if not comma or not header.endswith(";base64"):

@@ -4,6 +4,7 @@ Every leaf of the three exception trees has its row here; a test walks the trees
 shown: what is not named stays in the log.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -86,12 +87,20 @@ KINDS: Mapping[type[Exception], ProblemKind] = {
     service.TooManyImages: ProblemKind(413, "too-many-images", "The request has too many images", ("limit",)),
     service.BodyTimeout: ProblemKind(408, "body-timeout", "The request body did not arrive in time", ("limit_s",)),
     service.TextUnsupported: ProblemKind(422, "text-unsupported", "The encoder cannot search by text", ("encoder",)),
+    service.Unauthenticated: ProblemKind(401, "unauthenticated", "A valid API key is needed", ("reason",)),
+    service.Forbidden: ProblemKind(403, "forbidden", "The API key does not allow this", ("scope",)),
+    service.RateLimited: ProblemKind(429, "rate-limited", "Too many images for this caller", ("limit",)),
+    service.FetchDisabled: ProblemKind(422, "fetch-disabled", "This service fetches no URLs"),
+    service.UrlRefused: ProblemKind(422, "url-refused", "The URL is not one that is fetched", ("reason",)),
+    service.FetchFailed: ProblemKind(422, "fetch-failed", "The URL cannot be fetched", ("reason",)),
+    service.FetchTimeout: ProblemKind(422, "fetch-timeout", "The URL's server is too slow", ("limit_s",)),
     service.DecodeLimitExceeded: ProblemKind(
         422, "decode-limit", "Decoding the image takes too much time or memory", ("quantity", "limit")
     ),
     service.DecoderCrashed: ProblemKind(422, "decoder-crashed", "Decoding the image ended the decoder"),
     service.NotReady: ProblemKind(503, "not-ready", "The service is not ready", ("reason",)),
     service.Overloaded: ProblemKind(503, "overloaded", "The service is at its capacity", ("queue", "limit")),
+    service.WaitTooLong: ProblemKind(503, "wait-too-long", "The answer would come too late", ("expected_s", "limit_s")),
     service.DeadlineExceeded: ProblemKind(504, "deadline-exceeded", "The answer took too long", ("limit_s",)),
 }
 # What the web framework answers by itself: unknown routes and methods, and the few others it can raise.
@@ -119,9 +128,13 @@ def http_problem(status: int, detail: str, request_id: str) -> dict[str, Any]:
     return _standard(_HTTP_SLUGS.get(status, "http-error"), title, status, detail, request_id)
 
 
-def extra_headers(status: int) -> dict[str, str]:
-    """Headers that go with a status."""
-    return {"Retry-After": str(RETRY_AFTER_S)} if status == HTTPStatus.SERVICE_UNAVAILABLE else {}
+def extra_headers(status: int, error: Exception | None = None) -> dict[str, str]:
+    """Headers that go with a status, and with the exception behind it."""
+    if status == HTTPStatus.UNAUTHORIZED:
+        return {"WWW-Authenticate": "Bearer"}
+    if status in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS):
+        return {"Retry-After": str(math.ceil(getattr(error, "retry_after_s", RETRY_AFTER_S)))}
+    return {}
 
 
 def _standard(slug: str, title: str, status: int, detail: str, request_id: str) -> dict[str, Any]:

@@ -3,18 +3,24 @@
 import asyncio
 from collections.abc import Awaitable, Coroutine
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
-from fastapi import Request
+from fastapi import FastAPI, Request
 from starlette.requests import ClientDisconnect
 
 from perception.policy_file import CalibratedPolicy
 from service.admission import Admission
+from service.batching import Batcher
 from service.classifier import Classifier
+from service.engine import Query, Sighting
 from service.errors import NotReady
+from service.keys import Caller, KeyRing, identify
+from service.probing import ProbingDetector
 from service.published import Published
-from service.schemas import Model, Policy
-from service.settings import Settings
+from service.rate_limits import RateLimits
+from service.settings import Scope, Settings
+from service.telemetry import Metrics
+from service.wire import Model, Policy
 
 T = TypeVar("T")
 
@@ -30,8 +36,13 @@ class Runtime:
         calibrated: the policy together with its audit's figures; None where it is not from a file.
         published: the snapshots.
         classifier: the use cases.
-        admission: bound of the requests in progress.
-        draining: set when the service is asked to stop: it answers what still comes, and is no longer ready.
+        admission: bounds of the requests and images in progress.
+        batcher: the encoder's queue and replicas.
+        keys: of callers.
+        anonymous_scopes: what callers without a key may do.
+        rate_limits: of callers.
+        probing: notices callers who try out how to change an image's verdict.
+        metrics: of the whole application.
     """
 
     settings: Settings
@@ -41,7 +52,30 @@ class Runtime:
     published: Published
     classifier: Classifier
     admission: Admission
-    draining: bool = False
+    batcher: Batcher[Query, Sighting]
+    keys: KeyRing
+    anonymous_scopes: frozenset[Scope]
+    rate_limits: RateLimits
+    probing: ProbingDetector
+    metrics: Metrics
+
+    @property
+    def broken(self) -> bool:
+        """Whether nothing can be encoded any more, until the process is restarted."""
+        return self.batcher.working == 0
+
+
+State = Literal["starting", "ready", "draining", "broken"]
+
+
+def state_of(app: FastAPI) -> State:
+    """Where an application is in its life; `ready` says nothing of whether pools are published."""
+    if app.state.draining:
+        return "draining"
+    runtime: Runtime | None = getattr(app.state, "runtime", None)
+    if runtime is None:
+        return "starting"
+    return "broken" if runtime.broken else "ready"
 
 
 def runtime_of(request: Request) -> Runtime:
@@ -50,10 +84,34 @@ def runtime_of(request: Request) -> Runtime:
     Raises:
         NotReady: the application has not started.
     """
-    runtime = getattr(request.app.state, "runtime", None)
+    runtime: Runtime | None = getattr(request.app.state, "runtime", None)
     if runtime is None:
-        raise NotReady("the service has not started")
-    return cast(Runtime, runtime)
+        raise NotReady("the encoder is being loaded")
+    return runtime
+
+
+async def caller_of(request: Request, scope: Scope | None, images: int = 1) -> Caller:
+    """Who asks; the first thing that a route finds out.
+
+    Args:
+        request: of which only the headers are read.
+        scope: that the caller must have; None where any will do.
+        images: that count against its rate limit.
+
+    Raises:
+        Unauthenticated, Forbidden, RateLimited: see `service.errors`.
+    """
+    runtime = runtime_of(request)
+    address = request.client.host if request.client else None
+    caller = identify(runtime.keys, request.headers, address, runtime.anonymous_scopes)
+    request.state.caller_id = caller.id
+    if scope is None:
+        caller.require_any()
+    else:
+        caller.require(scope)
+    if images:
+        await runtime.rate_limits.hit(caller, images)
+    return caller
 
 
 def request_id_of(request: Request) -> str:

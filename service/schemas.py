@@ -1,377 +1,147 @@
-"""What goes over the wire, with examples; conversions from the values of the service."""
+"""Conversions from the values of the service to what goes over the wire (`service.wire`)."""
 
-from typing import Annotated, Any, Literal, Self
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any, Literal
 
 from indexer.snapshot import Snapshot
-from perception.encoder import Precision
-from perception.policy_file import CalibratedPolicy, FlipRate, Norm
-from perception.verdict import DecisionPolicy, PoolLabel, VerdictLabel
+from perception.policy_file import CalibratedPolicy, FlipRate
+from perception.verdict import DecisionPolicy
 from service.classifier import Classification, Lookup, Match
 from service.decoding import PreparedImage
-from service.settings import MAX_K
-
-MAX_TEXT_CHARS = 4000
-MAX_ID_CHARS = 256
-SHOWN_NEIGHBORS = 3
-FOUND_NEIGHBORS = 10
-_FINGERPRINT = "9f2c1d52a1f0c9e6b7a83d4e5f60718293a4b5c6d7e8f9010203040506070809"
-_REQUEST_ID = "b0c7a1e2d3f44556a7b8c9d0e1f20314"
-_PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
-
-
-class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class _Answer(BaseModel):
-    model_config = ConfigDict(frozen=True)
+from service.wire import (
+    ClassifyItem,
+    Collection,
+    DecidingFrame,
+    FlipRateItem,
+    Image,
+    NeighborItem,
+    Policy,
+    Problem,
+    SimilarItem,
+    SnapshotVersion,
+)
 
 
-class ClassifyParameters(_Request):
-    """Parameters of /classify; in the query string, or in a JSON or multipart body."""
+def snapshot_version(snapshot: Snapshot) -> SnapshotVersion:
+    """Which published version was searched."""
+    return SnapshotVersion(collection=snapshot.collection, version=snapshot.version, created_at=snapshot.created_at)
 
-    k: int | None = Field(
-        None,
-        ge=1,
-        le=MAX_K,
-        description=f"Neighbours of each pool to show, {SHOWN_NEIGHBORS} by default; at most HARDLOOK_MAX_NEIGHBORS. "
-        "The verdict does not depend on it.",
+
+def described_policy(policy: DecisionPolicy, calibrated: CalibratedPolicy | None) -> Policy:
+    """A policy, and the file that it is from."""
+    return Policy(
+        version=policy.version,
+        rule=policy.rule,
+        k=policy.k,
+        min_similarity=policy.min_similarity,
+        min_margin=policy.min_margin,
+        min_margin_unsafe=policy.min_margin_unsafe,
+        name=calibrated.name if calibrated else None,
+        sha256=calibrated.sha256 if calibrated else None,
+        audited_gallery=calibrated.gallery_sha256 if calibrated else None,
     )
 
 
-class SimilarParameters(_Request):
-    """Parameters of /similar; in the query string, or in a JSON or multipart body."""
-
-    gallery: str | None = Field(
-        None, max_length=64, description="Collection to search; the moderation pools where absent."
-    )
-    pool: PoolLabel | None = Field(None, description="Search only this one of the moderation pools.")
-    k: int | None = Field(
-        None,
-        ge=1,
-        le=MAX_K,
-        description=f"The most neighbours, {FOUND_NEIGHBORS} by default; at most HARDLOOK_MAX_NEIGHBORS.",
-    )
-    min_similarity: float | None = Field(
-        None, ge=-1, le=1, allow_inf_nan=False, description="Leave out what is less similar; -1 by default."
-    )
-
-
-class ImageData(_Request):
-    """One image in a JSON body."""
-
-    id: str | None = Field(None, max_length=MAX_ID_CHARS, description="Repeated in the answer; the position if absent.")
-    data: str = Field(description="The image file in base64, or a `data:` URI with base64.")
-
-
-class ClassifyBody(ClassifyParameters):
-    """JSON body of /classify."""
-
-    model_config = ConfigDict(
-        strict=True, json_schema_extra={"examples": [{"images": [{"id": "avatar", "data": _PIXEL}]}]}
-    )
-    images: list[ImageData] = Field(min_length=1)
-
-
-class SimilarBody(SimilarParameters):
-    """JSON body of /similar: images or a text."""
-
-    model_config = ConfigDict(
-        strict=True,
-        json_schema_extra={
-            "examples": [{"text": "a dog on a beach", "k": 5}, {"images": [{"data": _PIXEL}], "pool": "unsafe"}]
-        },
-    )
-    images: list[ImageData] | None = Field(None, min_length=1)
-    text: str | None = Field(None, max_length=MAX_TEXT_CHARS, description="What the images should show.")
-
-
-class Problem(_Answer):
-    """RFC 9457 problem details; some types have members of their own."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="allow",
-        json_schema_extra={
-            "examples": [
-                {
-                    "type": "urn:hardlook:problem:corrupt-image",
-                    "title": "The image cannot be decoded",
-                    "status": 422,
-                    "detail": "image cannot be decoded: PNG: OSError: unrecognized data stream contents",
-                    "instance": f"urn:hardlook:request:{_REQUEST_ID}",
-                    "request_id": _REQUEST_ID,
-                    "reason": "PNG: OSError: unrecognized data stream contents",
-                }
-            ]
-        },
-    )
-    type: str
-    title: str
-    status: int
-    detail: str
-    instance: str
-    request_id: str
-
-
-class Model(_Answer):
-    """The encoder that answers."""
-
-    name: str = Field(examples=["hf-hub:chs20/FARE4-convnext_base_w-laion2B-s13B-b82K-augreg"])
-    fingerprint: str = Field(examples=[_FINGERPRINT])
-    precision: Precision
-
-
-class SnapshotVersion(_Answer):
-    """The published version of a collection that was searched."""
-
-    collection: str = Field(examples=["pools"])
-    version: str = Field(examples=["4b1f0c9d2e8a7356"])
-    created_at: str = Field(examples=["2026-11-21T09:30:00+00:00"])
-
-    @classmethod
-    def of(cls, snapshot: Snapshot) -> Self:
-        """From a snapshot."""
-        return cls(collection=snapshot.collection, version=snapshot.version, created_at=snapshot.created_at)
-
-
-class Policy(_Answer):
-    """The decision rule and its parameters; equal versions decide equally. The last three are of a calibrated one."""
-
-    version: str = Field(examples=["nearest-3f5a9c0e1b2d"])
-    rule: Literal["nearest", "vote"]
-    k: int
-    min_similarity: float
-    min_margin: float
-    min_margin_unsafe: float
-    name: str | None = Field(description="Null where the policy is not from a file.", examples=[None])
-    sha256: str | None = Field(description="Of the policy file's content, as recorded in it.", examples=[None])
-    audited_gallery: str | None = Field(
-        description="sha256 of the pools that it was audited with, as `hardlook-index export` writes them.",
-        examples=[None],
+def classify_item(id: str, found: Classification, calibrated: CalibratedPolicy | None) -> ClassifyItem:
+    """The answer to one image of /classify, from its classification and the calibrated policy that made it."""
+    rates: tuple[FlipRate, ...] = ()
+    # Audits are of single frames: the margin of the deciding one says little of what the others would take to flip.
+    if calibrated is not None and len(found.image.frames) == 1:
+        rates = calibrated.flip_rates(found.verdict.label, found.verdict.margin)
+    return ClassifyItem(
+        id=id,
+        verdict=found.verdict.label,
+        pool=found.verdict.pool,
+        margin=found.verdict.margin,
+        reason=found.verdict.reason,
+        frame=_frame(found),
+        image=_image(found.image),
+        neighbors=[_neighbor(match) for match in found.matches],
+        flip_rate_at_eps=[_flip_rate(rate) for rate in rates] or None,
     )
 
-    @classmethod
-    def of(cls, policy: DecisionPolicy, calibrated: CalibratedPolicy | None) -> Self:
-        """From a policy, and the file that it is from."""
-        return cls(
-            version=policy.version,
-            rule=policy.rule,
-            k=policy.k,
-            min_similarity=policy.min_similarity,
-            min_margin=policy.min_margin,
-            min_margin_unsafe=policy.min_margin_unsafe,
-            name=calibrated.name if calibrated else None,
-            sha256=calibrated.sha256 if calibrated else None,
-            audited_gallery=calibrated.gallery_sha256 if calibrated else None,
-        )
 
-
-class Image(_Answer):
-    """The image as decoded; width and height are upright."""
-
-    format: str = Field(examples=["JPEG"])
-    width_px: int = Field(examples=[1024])
-    height_px: int = Field(examples=[768])
-    frames_in_file: int = Field(examples=[1])
-
-    @classmethod
-    def of(cls, image: PreparedImage) -> Self:
-        """From a decoded image."""
-        return cls(
-            format=image.format,
-            width_px=image.width_px,
-            height_px=image.height_px,
-            frames_in_file=image.frames_in_file,
-        )
-
-
-class DecidingFrame(_Answer):
-    """The frame that decided: of an animation, or of an image that looks different on light and dark pages."""
-
-    index: int = Field(description="0-based.", examples=[0])
-    background: Literal["white", "black"] | None = Field(description="What transparency was laid on.", examples=[None])
-    frames_examined: int = Field(description="Frames and backgrounds that have a verdict.", examples=[1])
-
-
-class FlipRateItem(_Answer):
-    """How often verdicts with such a margin flipped when the policy was audited, under one attack."""
-
-    norm: Norm
-    eps: float = Field(description="Radius of the attack, in [0, 1] pixel units.", examples=[0.03137254901960784])
-    steps: int = Field(description="Updates of its gradient attacks.", examples=[200])
-    value: float = Field(description="Share of the verdicts that flipped.", examples=[0.12])
-    interval95: tuple[float, float] = Field(description="Wilson's interval.", examples=[[0.056, 0.238]])
-    n: int = Field(description="Audited verdicts with such a margin.", examples=[50])
-
-    @classmethod
-    def of(cls, rate: FlipRate) -> Self:
-        """From a rate."""
-        return cls(
-            norm=rate.norm, eps=rate.eps, steps=rate.steps, value=rate.value, interval95=rate.interval95, n=rate.n
-        )
-
-
-class NeighborItem(_Answer):
-    """One exemplar near the image."""
-
-    id: str = Field(examples=["dog-0017"])
-    pool: str = Field(description="The pool or the gallery that it lies in.", examples=["safe"])
-    label: str = Field(description="Of the exemplar; in the moderation pools the pool.", examples=["safe"])
-    similarity: float = Field(description="Cosine in [-1, 1], higher is closer.", examples=[0.871])
-    source: str = Field(examples=["photos/dog-0017.jpg"])
-    metadata: dict[str, str] = Field(examples=[{}])
-
-    @classmethod
-    def of(cls, match: Match) -> Self:
-        """From a match."""
-        return cls(
-            id=match.neighbor.id,
-            pool=match.neighbor.pool,
-            label=match.exemplar.label,
-            similarity=match.neighbor.similarity,
-            source=match.exemplar.source,
-            metadata=dict(match.exemplar.metadata),
-        )
-
-
-class ItemError(_Answer):
-    """One image of several that could not be answered."""
-
-    id: str
-    status: Literal["error"] = "error"
-    error: Problem
-
-
-class ClassifyItem(_Answer):
-    """The verdict on one image."""
-
-    id: str = Field(examples=["avatar"])
-    status: Literal["ok"] = "ok"
-    verdict: VerdictLabel
-    pool: PoolLabel | None = Field(description="The pool that won; null where there was nothing to compare with.")
-    margin: float | None = Field(
-        description="Best similarity of the winning pool minus the best of the others.", examples=[0.134]
-    )
-    reason: str = Field(examples=["nearest exemplar is 'dog-0017' in the safe pool (similarity 0.8710)"])
-    frame: DecidingFrame
-    image: Image
-    neighbors: list[NeighborItem] = Field(description="The nearest of each pool, most similar first.")
-    flip_rate_at_eps: list[FlipRateItem] | None = Field(
-        description="How often verdicts with such a margin flipped in the audit of the calibrated policy, for each "
-        "attack; null without such a policy, for `review`, where several frames were examined, and where no audited "
-        "verdict had a margin near this one."
+def coarse_classify_item(id: str, found: Classification) -> ClassifyItem:
+    """The same without what tells a prober how near an image is to another verdict: the verdict alone."""
+    return ClassifyItem(
+        id=id,
+        detail="coarse",
+        verdict=found.verdict.label,
+        pool=None,
+        margin=None,
+        reason="coarse answer: this caller sent many near-duplicates of this image",
+        frame=_frame(found),
+        image=_image(found.image),
+        neighbors=[],
+        flip_rate_at_eps=None,
     )
 
-    @classmethod
-    def of(cls, id: str, found: Classification, calibrated: CalibratedPolicy | None) -> Self:
-        """From a classification, and the calibrated policy that made it."""
-        rates: tuple[FlipRate, ...] = ()
-        # Audits are of single frames: the margin of the deciding one says little of what the others would take to flip.
-        if calibrated is not None and len(found.image.frames) == 1:
-            rates = calibrated.flip_rates(found.verdict.label, found.verdict.margin)
-        frame = DecidingFrame(
-            index=found.frame.index, background=found.frame.background, frames_examined=len(found.image.frames)
-        )
-        return cls(
-            id=id,
-            verdict=found.verdict.label,
-            pool=found.verdict.pool,
-            margin=found.verdict.margin,
-            reason=found.verdict.reason,
-            frame=frame,
-            image=Image.of(found.image),
-            neighbors=[NeighborItem.of(match) for match in found.matches],
-            flip_rate_at_eps=[FlipRateItem.of(rate) for rate in rates] or None,
-        )
+
+def similar_item(id: str, found: Lookup, min_similarity: float) -> SimilarItem:
+    """The answer to one image or prompt of /similar, without what is less similar than `min_similarity`."""
+    neighbors = [_neighbor(match) for match in found.matches]
+    return _similar_item(id, "full", found, neighbors, min_similarity)
 
 
-class SimilarItem(_Answer):
-    """What is similar to one image or prompt."""
+def coarse_similar_item(id: str, found: Lookup, min_similarity: float) -> SimilarItem:
+    """The same with similarities of one decimal.
 
-    id: str
-    status: Literal["ok"] = "ok"
-    image: Image | None = Field(description="Null for a prompt.")
-    neighbors: list[NeighborItem] = Field(description="Most similar first.")
-
-    @classmethod
-    def of(cls, id: str, found: Lookup) -> Self:
-        """From a lookup."""
-        return cls(
-            id=id,
-            image=Image.of(found.image) if found.image else None,
-            neighbors=[NeighborItem.of(match) for match in found.matches],
-        )
+    `min_similarity` is compared with the rounded ones: else asking with many of them would find out the others.
+    """
+    exact = [_neighbor(match) for match in found.matches]
+    rounded = [item.model_copy(update={"similarity": round(item.similarity, 1)}) for item in exact]
+    return _similar_item(id, "coarse", found, rounded, min_similarity)
 
 
-class ClassifyAnswer(_Answer):
-    """Answer of /classify: one result or error an image, in the order of the request."""
-
-    request_id: str = Field(examples=[_REQUEST_ID])
-    model: Model
-    snapshot: SnapshotVersion
-    policy: Policy
-    results: list[Annotated[ClassifyItem | ItemError, Field(discriminator="status")]]
-
-
-class SimilarAnswer(_Answer):
-    """Answer of /similar: one result or error an image, in the order of the request."""
-
-    request_id: str = Field(examples=[_REQUEST_ID])
-    model: Model
-    snapshot: SnapshotVersion
-    policy: Policy
-    results: list[Annotated[SimilarItem | ItemError, Field(discriminator="status")]]
-
-
-class Collection(_Answer):
-    """One published collection."""
-
-    name: str = Field(examples=["pools"])
-    kind: Literal["pools", "gallery"]
-    version: str = Field(examples=["4b1f0c9d2e8a7356"])
-    created_at: str = Field(examples=["2026-11-21T09:30:00+00:00"])
-    counts: dict[str, int] = Field(
-        description="Exemplars by label.", examples=[{"buffer": 40, "safe": 900, "unsafe": 310}]
+def described_collection(snapshot: Snapshot) -> Collection:
+    """A published collection, as /pools lists it."""
+    return Collection(
+        name=snapshot.collection,
+        kind=snapshot.kind,
+        version=snapshot.version,
+        created_at=snapshot.created_at,
+        counts=snapshot.counts,
     )
-
-    @classmethod
-    def of(cls, snapshot: Snapshot) -> Self:
-        """From a snapshot."""
-        return cls(
-            name=snapshot.collection,
-            kind=snapshot.kind,
-            version=snapshot.version,
-            created_at=snapshot.created_at,
-            counts=snapshot.counts,
-        )
-
-
-class PoolsAnswer(_Answer):
-    """Answer of /pools."""
-
-    request_id: str = Field(examples=[_REQUEST_ID])
-    model: Model
-    policy: Policy
-    collections: list[Collection]
-
-
-class Alive(_Answer):
-    """Answer of /healthz."""
-
-    status: Literal["alive"] = "alive"
-
-
-class Ready(_Answer):
-    """Answer of /readyz."""
-
-    status: Literal["ready"] = "ready"
-    model: Model
-    snapshot: SnapshotVersion
 
 
 def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """OpenAPI's description of the problems that a route can answer with."""
     return {status: {"model": Problem} for status in statuses}
+
+
+def _similar_item(
+    id: str, detail: Literal["full", "coarse"], found: Lookup, neighbors: list[NeighborItem], min_similarity: float
+) -> SimilarItem:
+    near = [item for item in neighbors if item.similarity >= min_similarity]
+    return SimilarItem(id=id, detail=detail, image=_image(found.image) if found.image else None, neighbors=near)
+
+
+def _frame(found: Classification) -> DecidingFrame:
+    return DecidingFrame(
+        index=found.frame.index, background=found.frame.background, frames_examined=len(found.image.frames)
+    )
+
+
+def _image(image: PreparedImage) -> Image:
+    return Image(
+        format=image.format,
+        width_px=image.width_px,
+        height_px=image.height_px,
+        frames_in_file=image.frames_in_file,
+    )
+
+
+def _neighbor(match: Match) -> NeighborItem:
+    return NeighborItem(
+        id=match.neighbor.id,
+        pool=match.neighbor.pool,
+        label=match.exemplar.label,
+        similarity=match.neighbor.similarity,
+        source=match.exemplar.source,
+        metadata=dict(match.exemplar.metadata),
+    )
+
+
+def _flip_rate(rate: FlipRate) -> FlipRateItem:
+    return FlipRateItem(
+        norm=rate.norm, eps=rate.eps, steps=rate.steps, value=rate.value, interval95=rate.interval95, n=rate.n
+    )

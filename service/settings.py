@@ -6,19 +6,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from perception.image import ImageLimits
 from perception.verdict import DecisionPolicy
 from service.errors import SettingsError
+from service.wire import MAX_K
 
 PREFIX = "HARDLOOK_"
-# Variables of offline jobs, which may be set in the same shell.
-_FOREIGN = ("HARDLOOK_DATA",)
-MAX_K = 1000
+# Variables of offline jobs and of the client, which may be set in the same shell.
+_FOREIGN = ("HARDLOOK_DATA", "HARDLOOK_URL", "HARDLOOK_API_KEY")
 _MIB = 1024 * 1024
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _comma_separated(value: object) -> object:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+Scope = Literal["classify", "similar", "pools:write", "review", "metrics", "admin"]
+Scopes = Annotated[tuple[Scope, ...], NoDecode, BeforeValidator(_comma_separated)]
+Hosts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)]
 
 
 class Settings(BaseSettings):
@@ -31,11 +40,20 @@ class Settings(BaseSettings):
         description="Encoder to load; pools must have been built with the same one.",
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="Of weights and activations.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="'auto' takes a GPU where there is one.")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|(cpu|cuda(:\d+)?)(,(cpu|cuda(:\d+)?))*)$",
+        description="'cpu', 'cuda', 'cuda:0,cuda:1'; 'auto' takes a GPU where there is one.",
+    )
+    replicas: int = Field(1, ge=1, le=64, description="Batches that run at a time on each device.")
+    threads: int = Field(0, ge=0, le=1024, description="Threads of one operation on a CPU; 0 tries out what is best.")
     pools: Path = Field(Path("pools"), description="Folder of published collections.")
     pools_reload_s: Seconds = Field(2.0, description="How often to look for newly published versions.")
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    shutdown_delay_s: float = Field(
+        0.0, ge=0, le=600, description="How long to go on accepting after being told to stop, no longer ready."
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe line to log.")
 
     policy_file: Path | None = Field(None, description="Calibrated policy, in place of the other POLICY settings.")
@@ -51,6 +69,30 @@ class Settings(BaseSettings):
     max_frames: int = Field(8, ge=1, le=64, description="Frames that are examined of an animation.")
     max_images_per_request: int = Field(16, ge=1, description="Images in one request.")
     max_neighbors: int = Field(100, ge=1, le=MAX_K, description="The most neighbours that may be asked for.")
+
+    keys_file: Path | None = Field(None, description="API keys, as 'hardlook-serve keys' writes them.")
+    anonymous_scopes: Scopes | None = Field(
+        None, description="What callers without a key may do; by default nothing, without a keys file classify,similar."
+    )
+    rate_limit: str = Field(
+        "", description="Images in a time that each caller may send, such as '100/second;3000/minute'."
+    )
+    probing_limit: int = Field(
+        30,
+        ge=0,
+        le=1000,
+        description="Near-duplicates from one caller after which its answers are coarse; 0 turns it off.",
+    )
+    probing_similarity: float = Field(0.95, gt=0, lt=1, description="Cosine from which images are near-duplicates.")
+    probing_window_s: Seconds = Field(600.0, description="How long near-duplicates are remembered.")
+
+    trusted_proxies: Hosts = Field((), description="Addresses of proxies whose X-Forwarded-For is believed.")
+
+    fetch: bool = Field(False, description="Fetch images from URLs in JSON bodies.")
+    fetch_http: bool = Field(False, description="Fetch from http:// URLs too.")
+    fetch_hosts: Hosts = Field((), description="Hosts, with their subdomains, that may be fetched from; all if empty.")
+    fetch_timeout_s: Seconds = Field(5.0, description="For fetching one image, redirects included.")
+    fetch_max_redirects: int = Field(3, ge=0, le=10, description="Redirects that are followed.")
 
     max_batch: int = Field(16, ge=1, description="Frames that the encoder sees at a time.")
     max_queue: int = Field(256, ge=1, description="Frames that wait for the encoder; more are refused with 503.")

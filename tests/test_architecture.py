@@ -17,7 +17,12 @@ from pydantic import BaseModel
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("perception", "indexer", "service", "offline")
-COMMANDS = {"hardlook-index": "indexer.cli", "hardlook-serve": "service.cli", "hardlook-lab": "offline.cli"}
+COMMANDS = {
+    "hardlook": "service.client.cli",
+    "hardlook-index": "indexer.cli",
+    "hardlook-serve": "service.cli",
+    "hardlook-lab": "offline.cli",
+}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf8"))["project"]
 
 MAX_MODULE_LINES = 400

@@ -1,22 +1,18 @@
 """POST /classify: is this image safe?"""
 
+import asyncio
+from collections import Counter
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
 from service.api.documentation import request_body
-from service.api.items import answer_each, bounded_k
+from service.api.items import answer_each, bounded_k, count_further
+from service.classifier import RemoteImage
 from service.intake import Upload, merge_parameters, read_submission
-from service.runtime import request_id_of, runtime_of, unless_disconnected
-from service.schemas import (
-    SHOWN_NEIGHBORS,
-    ClassifyAnswer,
-    ClassifyBody,
-    ClassifyItem,
-    ClassifyParameters,
-    SnapshotVersion,
-    problem_responses,
-)
+from service.runtime import caller_of, request_id_of, runtime_of, unless_disconnected
+from service.schemas import classify_item, coarse_classify_item, problem_responses, snapshot_version
+from service.wire import SHOWN_NEIGHBORS, ClassifyAnswer, ClassifyBody, ClassifyItem, ClassifyParameters
 
 router = APIRouter()
 
@@ -24,7 +20,7 @@ router = APIRouter()
 @router.post(
     "/classify",
     summary="Is this image safe?",
-    responses=problem_responses(400, 408, 413, 415, 422, 500, 503, 504),
+    responses=problem_responses(400, 401, 403, 408, 413, 415, 422, 429, 500, 503, 504),
     openapi_extra=request_body(ClassifyBody),
 )
 async def classify(request: Request, query: Annotated[ClassifyParameters, Query()]) -> ClassifyAnswer:
@@ -33,23 +29,33 @@ async def classify(request: Request, query: Annotated[ClassifyParameters, Query(
     One image: its verdict, or a problem. Many images: 200 with a verdict or an error for each, in their order. The
     verdict is `safe`, `unsafe` or `review`; of several frames the most cautious decides.
     """
+    caller = await caller_of(request, "classify")
     runtime = runtime_of(request)
     settings = runtime.settings
     with runtime.admission.enter():
         snapshot = runtime.published.pools()
-        submission = await read_submission(request, ClassifyBody, settings)
+        with runtime.metrics.stage("body"):
+            submission = await read_submission(request, ClassifyBody, settings)
         shown = bounded_k(merge_parameters(query, submission).k, SHOWN_NEIGHBORS, settings.max_neighbors)
+        await count_further(runtime, caller, submission)
+        until_s = asyncio.get_running_loop().time() + settings.deadline_s
 
-        async def work(upload: Upload, data: bytes) -> ClassifyItem:
-            found = await runtime.classifier.classify(data, snapshot, shown)
-            return ClassifyItem.of(upload.id, found, runtime.calibrated)
+        async def work(upload: Upload, source: bytes | RemoteImage) -> ClassifyItem:
+            found = await runtime.classifier.classify(source, snapshot, shown, until_s)
+            if runtime.probing.observe(caller.id, found.sha256, found.embedding):
+                runtime.metrics.coarse_answer()
+                return coarse_classify_item(upload.id, found)
+            return classify_item(upload.id, found, runtime.calibrated)
 
         request_id = request_id_of(request)
-        each = answer_each(submission.uploads, work, at_a_time=settings.decode_workers, request_id=request_id)
+        with runtime.admission.work_on(len(submission.uploads)):
+            each = answer_each(submission.uploads, work, at_a_time=settings.decode_workers, request_id=request_id)
+            results = await unless_disconnected(request, each)
+        request.state.log_fields = {"verdicts": Counter(str(getattr(item, "verdict", "error")) for item in results)}
         return ClassifyAnswer(
             request_id=request_id,
             model=runtime.model,
-            snapshot=SnapshotVersion.of(snapshot),
+            snapshot=snapshot_version(snapshot),
             policy=runtime.policy,
-            results=await unless_disconnected(request, each),
+            results=results,
         )

@@ -8,16 +8,46 @@ from pydantic import BaseModel
 
 from service.intake import JSON, MULTIPART, RAW
 from service.problems import MEDIA_TYPE
-from service.schemas import ClassifyBody, SimilarBody
+from service.settings import Scope, Settings
+from service.wire import MAX_K, ClassifyBody, SimilarBody
 
+# A text that the service takes has something besides white space.
+NOT_BLANK = {"pattern": r"\S"}
 _REF = "#/components/schemas/{model}"
 _FORM_PARAMETERS = {
-    "k": {"type": "integer", "minimum": 1},
-    "gallery": {"type": "string"},
+    "k": {"type": "integer", "minimum": 1, "maximum": MAX_K},
+    "gallery": {"type": "string", "minLength": 1},
     "pool": {"type": "string", "enum": ["safe", "buffer", "unsafe"]},
     "min_similarity": {"type": "number", "minimum": -1, "maximum": 1},
-    "text": {"type": "string", "description": "Instead of images."},
+    "text": {**NOT_BLANK, "type": "string", "description": "Instead of images."},
 }
+
+
+# What a caller needs for each route that asks who calls; None where any scope will do.
+_SCOPES: dict[str, Scope | None] = {
+    "/classify": "classify",
+    "/similar": "similar",
+    "/pools": None,
+    "/metrics": "metrics",
+}
+_SECURITY_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key: `Authorization: Bearer hlk_...`"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "An API key."},
+}
+
+
+def _security(scope: Scope | None, settings: Settings) -> list[dict[str, list[str]]]:
+    """Either way of sending a key, or none where callers without one have the scope."""
+    anonymous = settings.anonymous_scopes or ()
+    free = bool(anonymous) if scope is None else scope in anonymous or "admin" in anonymous
+    return [{"bearer": []}, {"header": []}, *([{}] if free else [])]
+
+
+def one_subject(body_type: type[BaseModel], images: str) -> dict[str, Any]:
+    """What a body must have: images, or a text in their place where it may have one."""
+    if "text" not in body_type.model_fields:
+        return {"required": [images]}
+    return {"oneOf": [{"required": [images]}, {"required": ["text"]}]}
 
 
 def request_body(body_type: type[BaseModel]) -> dict[str, Any]:
@@ -29,11 +59,13 @@ def request_body(body_type: type[BaseModel]) -> dict[str, Any]:
             "image": {
                 "type": "array",
                 "items": {"type": "string", "format": "binary"},
+                "minItems": 1,
                 "description": "One or many files; parts of other names that have a file name are taken as well.",
             },
             **fields,
         },
         "additionalProperties": False,
+        **one_subject(body_type, "image"),
     }
     raw = {"schema": {"type": "string", "format": "binary"}}
     return {
@@ -49,22 +81,47 @@ def request_body(body_type: type[BaseModel]) -> dict[str, Any]:
     }
 
 
-def document(app: FastAPI) -> None:
-    """Add to the generated OpenAPI what FastAPI cannot know: bodies, and the media type of problems."""
+def _limit(part: Any, settings: Settings) -> None:
+    """Put the limits that the operator has set in place of those of the code."""
+    if isinstance(part, dict) and part.get("maximum") == MAX_K:
+        part["maximum"] = settings.max_neighbors
+    for inner in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+        _limit(inner, settings)
+
+
+def _without_null(property: dict[str, Any]) -> dict[str, Any]:
+    """An optional member as callers are to write it: left out rather than null, although null is understood."""
+    kinds = [kind for kind in property.get("anyOf", []) if kind != {"type": "null"}]
+    if len(kinds) != 1:
+        return property
+    return {**{name: value for name, value in property.items() if name != "anyOf"}, **kinds[0]}
+
+
+def document(app: FastAPI, settings: Settings) -> None:
+    """Add to the generated OpenAPI what FastAPI cannot know: bodies, keys, and the media type of problems."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
             models = schema["components"]["schemas"]
             for body_type in (ClassifyBody, SimilarBody):
-                body = body_type.model_json_schema(ref_template=_REF)
+                body = body_type.model_json_schema(ref_template=_REF) | one_subject(body_type, "images")
+                if "text" in body["properties"]:
+                    body["properties"]["text"] = NOT_BLANK | _without_null(body["properties"]["text"])
+                if "images" in body["properties"]:
+                    body["properties"]["images"] = _without_null(body["properties"]["images"])
                 models.update(body.pop("$defs"))
                 models[body_type.__name__] = body
             for unused in ("HTTPValidationError", "ValidationError"):
                 models.pop(unused, None)
-            for path in schema["paths"].values():
+            _limit(schema, settings)
+            for route, path in schema["paths"].items():
                 for operation in path.values():
                     _name_problems(operation["responses"])
+                    if settings.keys_file is not None and "401" in operation["responses"]:
+                        operation["security"] = _security(_SCOPES[route], settings)
+            if settings.keys_file is not None:
+                schema["components"]["securitySchemes"] = _SECURITY_SCHEMES
             app.openapi_schema = schema
         return app.openapi_schema
 

@@ -7,10 +7,13 @@ from typing import TypeVar
 
 from indexer.errors import IndexerError
 from perception.errors import PerceptionError
-from service.errors import InvalidParameter, ServiceError
-from service.intake import Upload
+from service.classifier import RemoteImage
+from service.errors import InvalidParameter, ServiceError, TooManyImages
+from service.intake import Submission, Upload
+from service.keys import Caller
 from service.problems import problem
-from service.schemas import ItemError, Problem
+from service.runtime import Runtime
+from service.wire import ItemError, Problem
 
 T = TypeVar("T")
 EXPECTED = (PerceptionError, IndexerError, ServiceError)
@@ -18,13 +21,17 @@ _log = logging.getLogger("hardlook.requests")
 
 
 async def answer_each(
-    uploads: Sequence[Upload], work: Callable[[Upload, bytes], Awaitable[T]], *, at_a_time: int, request_id: str
+    uploads: Sequence[Upload],
+    work: Callable[[Upload, bytes | RemoteImage], Awaitable[T]],
+    *,
+    at_a_time: int,
+    request_id: str,
 ) -> list[T | ItemError]:
     """Work on every image of a request.
 
     Args:
         uploads: the images.
-        work: answers one, given its bytes.
+        work: answers one, given its bytes or where to fetch them.
         at_a_time: bound of the images in work, so that one request cannot fill the queues.
         request_id: for problems.
 
@@ -51,8 +58,22 @@ def _result(id: str, outcome: T | BaseException, request_id: str) -> T | ItemErr
     if not isinstance(outcome, Exception):
         raise outcome
     if not isinstance(outcome, EXPECTED):
-        _log.error("a bug", exc_info=outcome, extra={"fields": {"request_id": request_id}})
+        _log.error("a bug", exc_info=outcome)
     return ItemError(id=id, error=Problem(**problem(outcome, request_id)))
+
+
+async def count_further(runtime: Runtime, caller: Caller, submission: Submission) -> None:
+    """Count the images of a request after its first, which was counted before its body was read.
+
+    Raises:
+        RateLimited: more than the caller may send now.
+        TooManyImages: more than it may ever send at once.
+    """
+    most = runtime.rate_limits.most_at_once(caller)
+    if most is not None and len(submission.uploads) > most:
+        raise TooManyImages(most)
+    if len(submission.uploads) > 1:
+        await runtime.rate_limits.hit(caller, len(submission.uploads) - 1)
 
 
 def bounded_k(asked: int | None, default: int, limit: int) -> int:

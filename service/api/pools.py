@@ -2,20 +2,22 @@
 
 from fastapi import APIRouter, Request
 
-from service.runtime import request_id_of, runtime_of
-from service.schemas import Collection, PoolsAnswer, problem_responses
+from service.runtime import caller_of, request_id_of, runtime_of
+from service.schemas import described_collection, problem_responses
+from service.wire import PoolsAnswer
 
 router = APIRouter()
 
 
-@router.get("/pools", summary="What is published?", responses=problem_responses(500, 503))
+@router.get("/pools", summary="What is published?", responses=problem_responses(401, 429, 500, 503))
 async def pools(request: Request) -> PoolsAnswer:
-    """The moderation pools and all galleries, with their versions and the exemplars in them."""
+    """The moderation pools and all galleries, with their versions and the exemplars in them. Any scope will do."""
+    await caller_of(request, None)
     runtime = runtime_of(request)
     snapshots = runtime.published.snapshots
     return PoolsAnswer(
         request_id=request_id_of(request),
         model=runtime.model,
         policy=runtime.policy,
-        collections=[Collection.of(snapshots[name]) for name in sorted(snapshots)],
+        collections=[described_collection(snapshots[name]) for name in sorted(snapshots)],
     )

@@ -1,8 +1,9 @@
 """One small service over ToyEncoder, with pools, a gallery and a text tower, for all tests of the HTTP surface."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ from torch import Tensor
 
 from perception.encoder import unit_embeddings
 from perception.testing import ToyEncoder, encoded, synthetic_image
-from service.app import create_app, load
+from service.app import create_app
+from service.startup import load
 from service.testing import publish, toy_pools, toy_settings
+
+Start = Callable[..., TestClient]
 
 
 class ToyText:
@@ -73,6 +77,24 @@ def client(root: Path, encoder: ToyClip) -> Iterator[TestClient]:
     )
     with TestClient(create_app(settings, load(settings, encoder)), raise_server_exceptions=False) as client:
         yield client
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a service over ToyEncoder with settings of its own."""
+    clients: list[TestClient] = []
+    encoder = ToyEncoder()
+    publish(tmp_path, encoder, toy_pools())
+
+    def started(**changes: Any) -> TestClient:
+        settings = toy_settings(tmp_path, **changes)
+        client = TestClient(create_app(settings, load(settings, encoder)), raise_server_exceptions=False)
+        clients.append(client)
+        return client.__enter__()
+
+    yield started
+    for client in clients:
+        client.__exit__(None, None, None)
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,9 @@ from perception.encoder import encode_images
 from perception.policy_file import CalibratedPolicy, FlipBin
 from perception.testing import ToyEncoder, encoded, synthetic_image
 from perception.verdict import DecisionPolicy, Neighbor, VerdictLabel
-from service.app import create_app, load
+from service.app import create_app
 from service.published import Published
+from service.startup import load
 from service.testing import toy_settings
 from tests.perception.calibrated_policies import a_policy
 

@@ -19,7 +19,8 @@ from typing import Any
 import httpx
 import uvicorn
 
-from service.app import create_app, load
+from service.app import create_app
+from service.startup import load
 from service.testing import decode_processes, toy_settings
 from tests.journeys.toy_server import Slow
 
@@ -72,6 +73,9 @@ def running(pools: Path, log_folder: Path, batch_s: float = 0.0) -> Iterator[Ser
     client = httpx.Client(timeout=60, trust_env=False)
     try:
         client.base_url = httpx.URL(_address(process, log))
+        while client.get("/startupz").status_code != 200:
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.02)
         yield Server(process.pid, client, process)
     finally:
         client.close()

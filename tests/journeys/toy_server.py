@@ -5,7 +5,7 @@ import time
 
 from torch import Tensor
 
-import service.app
+import service.startup
 from perception.testing import ToyEncoder
 from service.cli import main
 
@@ -23,5 +23,5 @@ class Slow(ToyEncoder):
 
 
 if __name__ == "__main__":
-    service.app._load_encoder = lambda settings: Slow(float(sys.argv[1]))
+    service.startup._load_encoder = lambda settings, device: Slow(float(sys.argv[1]))
     main([])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.batching import Batcher
+from service.batching import Batcher, Observer, Replica
 from service.errors import DeadlineExceeded, NotReady, Overloaded
 
 LONG_S = 30.0
@@ -65,7 +65,7 @@ def test_every_caller_gets_its_own_answers_whatever_travels_with_them(
         return [item + 1 for item in items]
 
     async def work() -> None:
-        async with Batcher(function, max_batch=max_batch, max_queue=100) as batcher:
+        async with Batcher([Replica(function)], max_batch=max_batch, max_queue=100) as batcher:
             outcomes = await asyncio.gather(
                 *(batcher.submit(group, timeout_s=LONG_S) for group in groups), return_exceptions=True
             )
@@ -83,7 +83,7 @@ def test_what_arrives_while_a_batch_runs_travels_together() -> None:
     async def work() -> None:
         doubler = Doubler()
         doubler.gate.clear()
-        async with Batcher(doubler, max_batch=4, max_queue=20) as batcher:
+        async with Batcher([Replica(doubler)], max_batch=4, max_queue=20) as batcher:
             tasks = [asyncio.create_task(batcher.submit([0], timeout_s=LONG_S))]
             await eventually(doubler.entered.is_set)
             tasks += [asyncio.create_task(batcher.submit([i], timeout_s=LONG_S)) for i in range(1, 7)]
@@ -97,7 +97,7 @@ def test_what_arrives_while_a_batch_runs_travels_together() -> None:
 
 def test_an_idle_batcher_does_not_wait() -> None:
     async def work() -> None:
-        async with Batcher(Doubler(), max_batch=64, max_queue=64) as batcher:
+        async with Batcher([Replica(Doubler())], max_batch=64, max_queue=64) as batcher:
             await batcher.submit([1], timeout_s=LONG_S)
             times = []
             for _ in range(20):
@@ -113,7 +113,7 @@ def test_a_full_queue_refuses_all_of_a_submission_and_forgets_the_abandoned() ->
     async def work() -> None:
         doubler = Doubler()
         doubler.gate.clear()
-        async with Batcher(doubler, max_batch=1, max_queue=3, name="the queue") as batcher:
+        async with Batcher([Replica(doubler)], max_batch=1, max_queue=3, name="the queue") as batcher:
             running = asyncio.create_task(batcher.submit([0], timeout_s=LONG_S))
             await eventually(doubler.entered.is_set)
             waiting = asyncio.create_task(batcher.submit([1, 2], timeout_s=LONG_S))
@@ -138,7 +138,7 @@ def test_a_deadline_ends_the_wait_and_the_item_never_runs() -> None:
     async def work() -> None:
         doubler = Doubler()
         doubler.gate.clear()
-        async with Batcher(doubler, max_batch=1, max_queue=8) as batcher:
+        async with Batcher([Replica(doubler)], max_batch=1, max_queue=8) as batcher:
             running = asyncio.create_task(batcher.submit([0], timeout_s=LONG_S))
             await eventually(doubler.entered.is_set)
             with pytest.raises(DeadlineExceeded) as caught:
@@ -157,7 +157,7 @@ def test_a_timeout_of_the_function_is_not_a_deadline() -> None:
         raise TimeoutError("its own")
 
     async def work() -> None:
-        async with Batcher(function, max_batch=2, max_queue=2) as batcher:
+        async with Batcher([Replica(function)], max_batch=2, max_queue=2) as batcher:
             with pytest.raises(TimeoutError, match="its own"):
                 await batcher.submit([1], timeout_s=LONG_S)
 
@@ -172,7 +172,7 @@ def test_the_batcher_outlives_whatever_its_function_raises(error: type[BaseExcep
         return list(items)
 
     async def work() -> None:
-        async with Batcher(function, max_batch=4, max_queue=8) as batcher:
+        async with Batcher([Replica(function)], max_batch=4, max_queue=8) as batcher:
             outcomes = await asyncio.gather(
                 *(batcher.submit([i], timeout_s=LONG_S) for i in (1, 13, 2)), return_exceptions=True
             )
@@ -186,11 +186,11 @@ def test_the_batcher_outlives_whatever_its_function_raises(error: type[BaseExcep
 
 def test_too_few_outputs_are_an_error_and_not_a_shift() -> None:
     async def work() -> None:
-        async with Batcher[int, int](lambda items: [], max_batch=1, max_queue=1) as batcher:
+        async with Batcher[int, int]([Replica(lambda items: [])], max_batch=1, max_queue=1) as batcher:
             with pytest.raises(RuntimeError, match="1 items gave 0"):
                 await batcher.submit([1], timeout_s=LONG_S)
         # One output whatever the batch: right only for single items, and so they run singly in the end.
-        async with Batcher[int, int](lambda items: [items[0]], max_batch=4, max_queue=8) as batcher:
+        async with Batcher[int, int]([Replica(lambda items: [items[0]])], max_batch=4, max_queue=8) as batcher:
             assert await batcher.submit([1, 2, 3], timeout_s=LONG_S) == [1, 2, 3]
 
     run(work)
@@ -200,7 +200,7 @@ def test_closing_finishes_what_was_accepted_and_refuses_the_rest() -> None:
     async def work() -> None:
         doubler = Doubler()
         doubler.gate.clear()
-        batcher: Batcher[int, int] = Batcher(doubler, max_batch=2, max_queue=8)
+        batcher: Batcher[int, int] = Batcher([Replica(doubler)], max_batch=2, max_queue=8)
         with pytest.raises(NotReady):
             await batcher.submit([1], timeout_s=LONG_S)
         await batcher.__aenter__()
@@ -221,4 +221,127 @@ def test_closing_finishes_what_was_accepted_and_refuses_the_rest() -> None:
 @pytest.mark.parametrize(("max_batch", "max_queue"), [(0, 1), (2, 1)])
 def test_sizes_that_cannot_work_are_refused(max_batch: int, max_queue: int) -> None:
     with pytest.raises(ValueError, match="max_batch"):
-        Batcher(Doubler(), max_batch=max_batch, max_queue=max_queue)
+        Batcher([Replica(Doubler())], max_batch=max_batch, max_queue=max_queue)
+
+
+def test_no_replica_is_refused() -> None:
+    with pytest.raises(ValueError, match="replica"):
+        Batcher[int, int]([], max_batch=1, max_queue=1)
+
+
+def test_idle_replicas_share_what_waits_and_work_side_by_side() -> None:
+    """Each waits for the other inside its batch: one alone would never finish."""
+    together = threading.Barrier(2)
+    batches: list[list[int]] = []
+
+    def function(items: Sequence[int]) -> list[int]:
+        together.wait(LONG_S)
+        batches.append(list(items))
+        return [2 * item for item in items]
+
+    async def work() -> None:
+        async with Batcher([Replica(function), Replica(function)], max_batch=8, max_queue=8) as batcher:
+            await asyncio.sleep(0)
+            assert await batcher.submit([1, 2, 3, 4], timeout_s=LONG_S) == [2, 4, 6, 8]
+        assert sorted(batches) == [[1, 2], [3, 4]]
+
+    run(work)
+
+
+class Breakable:
+    """Fails from its first 13 on, whatever it is given; its check tells."""
+
+    def __init__(self) -> None:
+        self.broken, self.checks = False, 0
+
+    def __call__(self, items: Sequence[int]) -> list[int]:
+        self.broken |= 13 in items
+        self.check()
+        return list(items)
+
+    def check(self) -> None:
+        self.checks += 1
+        if self.broken:
+            raise RuntimeError("device lost")
+
+
+def test_a_replica_that_has_failed_gets_no_more_work() -> None:
+    async def work() -> None:
+        bad, good = Breakable(), Doubler()
+        good.gate.clear()
+        replicas = [Replica(bad, check=bad.check), Replica[int, int](good)]
+        async with Batcher(replicas, max_batch=4, max_queue=8) as batcher:
+            await asyncio.sleep(0)
+            tasks = [asyncio.create_task(batcher.submit([i], timeout_s=LONG_S)) for i in (13, 5, 6, 7)]
+            await eventually(lambda: batcher.working == 1)
+            good.gate.set()
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+            assert isinstance(outcomes[0], RuntimeError)
+            assert outcomes[2:] == [[12], [14]]
+            assert await batcher.submit([8], timeout_s=LONG_S) == [16]
+        assert bad.broken
+
+    run(work)
+
+
+def test_without_a_working_replica_everything_is_refused() -> None:
+    async def work() -> None:
+        bad = Breakable()
+        async with Batcher([Replica(bad, check=bad.check)], max_batch=1, max_queue=8) as batcher:
+            outcomes = await asyncio.gather(
+                *(batcher.submit([i], timeout_s=LONG_S) for i in (13, 1, 2)), return_exceptions=True
+            )
+            assert [type(outcome) for outcome in outcomes] == [RuntimeError, NotReady, NotReady]
+            with pytest.raises(NotReady, match="every replica has failed"):
+                await batcher.submit([3], timeout_s=LONG_S)
+
+    run(work)
+
+
+def test_a_replica_that_cannot_be_prepared_is_not_used() -> None:
+    def prepare() -> None:
+        raise RuntimeError("no such device")
+
+    async def work() -> None:
+        replicas = [Replica(Doubler(), prepare=prepare), Replica(Doubler())]
+        async with Batcher(replicas, max_batch=1, max_queue=8) as batcher:
+            assert await batcher.submit([1, 2, 3], timeout_s=LONG_S) == [2, 4, 6]
+            assert batcher.working == 1
+        with pytest.raises(RuntimeError, match="no such device"):
+            await Batcher([Replica(Doubler(), prepare=prepare)], max_batch=1, max_queue=8).__aenter__()
+
+    run(work)
+
+
+@pytest.mark.parametrize(("expected", "checks"), [((ValueError,), 0), ((), 1)])
+def test_an_error_of_an_item_is_not_held_against_the_replica(
+    expected: tuple[type[Exception], ...], checks: int
+) -> None:
+    def function(items: Sequence[int]) -> list[int]:
+        raise ValueError("of the item")
+
+    async def work() -> None:
+        checked = Breakable()
+        replica = Replica(function, check=checked.check)
+        async with Batcher([replica], max_batch=1, max_queue=1, expected=expected) as batcher:
+            for _ in range(2):
+                with pytest.raises(ValueError, match="of the item"):
+                    await batcher.submit([1], timeout_s=LONG_S)
+            assert batcher.working == 1
+        assert checked.checks == 2 * checks
+
+    run(work)
+
+
+def test_batches_and_waiting_times_are_observed() -> None:
+    async def work() -> None:
+        sizes: list[int] = []
+        waits: list[float] = []
+        observer = Observer(batch=lambda size, seconds: sizes.append(size), waited=waits.append)
+        async with Batcher([Replica(Doubler())], max_batch=2, max_queue=8, observer=observer) as batcher:
+            await batcher.submit([1, 2, 3], timeout_s=LONG_S)
+        assert sizes == [2, 1]
+        assert len(waits) == 3
+        assert min(waits) >= 0
+
+    run(work)

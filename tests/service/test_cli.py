@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-import service.app
 import service.request_log
+import service.startup
 from perception.policy_file import CalibratedPolicy
 from perception.testing import ToyEncoder
 from service.cli import main
@@ -65,7 +65,7 @@ def test_snapshot_of_another_encoder(
 ) -> None:
     built_with, serving = ToyEncoder(seed=1), ToyEncoder(seed=0)
     publish(tmp_path, built_with, toy_pools())
-    monkeypatch.setattr(service.app, "_load_encoder", lambda settings: serving)
+    monkeypatch.setattr(service.startup, "_load_encoder", lambda settings, device: serving)
     line = refusal(capsys)
     assert built_with.fingerprint in line
     assert serving.fingerprint in line
@@ -75,14 +75,14 @@ def test_damaged_snapshot(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     publish(tmp_path, ToyEncoder(), toy_pools())
     [manifest] = tmp_path.glob("pools/versions/*/manifest.json")
     manifest.write_text(manifest.read_text().replace("toy/0", "toy/9"))
-    monkeypatch.setattr(service.app, "_load_encoder", lambda settings: ToyEncoder())
+    monkeypatch.setattr(service.startup, "_load_encoder", lambda settings, device: ToyEncoder())
     assert "damaged" in refusal(capsys)
 
 
 def policy_file(monkeypatch: pytest.MonkeyPatch, path: Path, policy: CalibratedPolicy) -> None:
     policy.save(path)
     monkeypatch.setenv("HARDLOOK_POLICY_FILE", str(path))
-    monkeypatch.setattr(service.app, "_load_encoder", lambda settings: ToyEncoder())
+    monkeypatch.setattr(service.startup, "_load_encoder", lambda settings, device: ToyEncoder())
 
 
 def test_policy_of_another_encoder(

@@ -10,11 +10,21 @@ import pytest
 
 from indexer.errors import IndexerError, SnapshotError
 from perception.errors import ImageTooLarge, PerceptionError
-from service.errors import ServiceError
-from service.problems import KINDS, TYPE_PREFIX, kind_of, problem
+from service.errors import RateLimited, ServiceError, WaitTooLong
+from service.problems import KINDS, TYPE_PREFIX, extra_headers, kind_of, problem
 
 ROOTS = (PerceptionError, IndexerError, ServiceError)
-DUMMIES: dict[str, Any] = {"found": "GIF", "accepted": ("PNG",), "known": ("a",), "rows": (0,), "limit": 2, "actual": 3}
+DUMMIES: dict[str, Any] = {
+    "found": "GIF",
+    "accepted": ("PNG",),
+    "known": ("a",),
+    "rows": (0,),
+    "limit": 2,
+    "actual": 3,
+    "retry_after_s": 2.5,
+    "expected_s": 40.1,
+    "limit_s": 30.0,
+}
 
 
 def leaves(error: type[Exception]) -> Iterator[type[Exception]]:
@@ -82,3 +92,18 @@ def test_a_subclass_has_the_row_of_its_class() -> None:
         """Not in the table itself."""
 
     assert kind_of(Special("x", "y")) is KINDS[SnapshotError]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "headers"),
+    [
+        (200, None, {}),
+        (401, None, {"WWW-Authenticate": "Bearer"}),
+        (503, None, {"Retry-After": "1"}),
+        (503, WaitTooLong(41.2, 30.0), {"Retry-After": "12"}),
+        (503, WaitTooLong(30.1, 30.0), {"Retry-After": "1"}),
+        (429, RateLimited("3 per 1 minute", 12.3), {"Retry-After": "13"}),
+    ],
+)
+def test_headers_say_how_to_go_on(status: int, error: Exception | None, headers: dict[str, str]) -> None:
+    assert extra_headers(status, error) == headers

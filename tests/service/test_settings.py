@@ -53,8 +53,21 @@ def test_every_field_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch) 
         "decode_workers": "21",
         "decode_timeout_s": "22.5",
         "decode_memory_bytes": "123456789",
+        "replicas": "2",
+        "threads": "3",
+        "shutdown_delay_s": "23.5",
+        "keys_file": "keys.json",
+        "rate_limit": "5/second",
+        "probing_limit": "24",
+        "probing_similarity": "0.9",
+        "probing_window_s": "25.5",
+        "fetch": "True",
+        "fetch_http": "True",
+        "fetch_timeout_s": "26.5",
+        "fetch_max_redirects": "2",
     }
-    assert values.keys() == Settings.model_fields.keys() - {"policy_file"}  # which stands in place of others
+    lists = {"anonymous_scopes", "trusted_proxies", "fetch_hosts"}
+    assert values.keys() == Settings.model_fields.keys() - {"policy_file"} - lists  # the file stands in place of others
     for field, value in values.items():
         monkeypatch.setenv(variable(field), value)
     settings = read_settings(os.environ)
@@ -165,3 +178,38 @@ def test_values_that_do_not_fit_together(monkeypatch: pytest.MonkeyPatch, name: 
 def test_settings_do_not_change() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Settings().port = 1  # type: ignore[misc]
+
+
+def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_settings(os.environ).anonymous_scopes is None
+    monkeypatch.setenv("HARDLOOK_ANONYMOUS_SCOPES", "classify, pools:write")
+    monkeypatch.setenv("HARDLOOK_TRUSTED_PROXIES", "10.0.0.1")
+    monkeypatch.setenv("HARDLOOK_FETCH_HOSTS", " cdn.example.org,,example.com ")
+    settings = read_settings(os.environ)
+    assert settings.anonymous_scopes == ("classify", "pools:write")
+    assert settings.trusted_proxies == ("10.0.0.1",)
+    assert settings.fetch_hosts == ("cdn.example.org", "example.com")
+    monkeypatch.setenv("HARDLOOK_ANONYMOUS_SCOPES", "")
+    assert read_settings(os.environ).anonymous_scopes == ()
+    monkeypatch.setenv("HARDLOOK_ANONYMOUS_SCOPES", "classify,everything")
+    with pytest.raises(SettingsError, match="HARDLOOK_ANONYMOUS_SCOPES"):
+        read_settings(os.environ)
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:3", "cuda:0,cuda:1", "cpu,cuda"])
+def test_devices(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setenv("HARDLOOK_DEVICE", device)
+    assert read_settings(os.environ).device == device
+
+
+@pytest.mark.parametrize("device", ["", "gpu", "cuda:", "cuda:x", "auto,cpu", "cpu,", "cuda:0 cuda:1"])
+def test_what_is_no_device(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setenv("HARDLOOK_DEVICE", device)
+    with pytest.raises(SettingsError, match="HARDLOOK_DEVICE"):
+        read_settings(os.environ)
+
+
+def test_variables_of_the_client_and_of_offline_jobs_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HARDLOOK_DATA", "HARDLOOK_URL", "HARDLOOK_API_KEY"):
+        monkeypatch.setenv(name, "x")
+    read_settings(os.environ)

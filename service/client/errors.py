@@ -1,0 +1,97 @@
+"""What the client raises. None of it is ever a verdict, and none of it holds the API key.
+
+HardlookError
+├── ImageUnreadable      an image could not be read on this side; nothing was sent
+├── ConnectionFailed     no answer: refused, cut off, or not there in time
+├── AnswerNotUnderstood  an answer that is none of this service's
+└── ProblemError         the service said no, and why
+├── Unauthenticated  401: no key, or none that is known and in force
+├── Forbidden        403: the key has not the scope
+├── RateLimited      429: more images than the key may send in a time
+└── Unavailable      503, 504: the same request may succeed later
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from service.wire import Problem
+
+
+class HardlookError(Exception):
+    """Root of everything that the client raises, besides ValueError and TypeError for wrong arguments."""
+
+
+class ImageUnreadable(HardlookError):
+    """An image could not be read on this side: no such file, not a regular file, too large."""
+
+
+class ConnectionFailed(HardlookError):
+    """There is no answer. `attempts` is how often the request was sent."""
+
+    def __init__(self, reason: str, attempts: int = 1) -> None:
+        self.reason, self.attempts = reason, attempts
+        super().__init__(f"no answer: {reason}" + (f" (after {attempts} attempts)" if attempts > 1 else ""))
+
+
+class AnswerNotUnderstood(HardlookError):
+    """The answer is not one that this service gives. `status` is its HTTP status."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        self.status, self.reason = status, reason
+        super().__init__(f"answer with status {status} not understood: {reason}")
+
+
+class ProblemError(HardlookError):
+    """The service answered with a problem (RFC 9457).
+
+    Attributes:
+        problem: as parsed.
+        status: HTTP status of the answer.
+        retry_after_s: when to come back, in seconds, where the answer says so.
+    """
+
+    def __init__(self, problem: Problem, status: int, retry_after_s: float | None = None) -> None:
+        self.problem, self.status, self.retry_after_s = problem, status, retry_after_s
+        super().__init__(f"{status} {problem.title}: {problem.detail} (request {problem.request_id})")
+
+    @property
+    def type(self) -> str:
+        """The problem's type, such as 'urn:hardlook:problem:corrupt-image'; docs/api.md lists them."""
+        return self.problem.type
+
+    @property
+    def detail(self) -> str:
+        """What was wrong with this request."""
+        return self.problem.detail
+
+    @property
+    def request_id(self) -> str:
+        """Under which the service's log has more."""
+        return self.problem.request_id
+
+    @property
+    def members(self) -> Mapping[str, Any]:
+        """What problems of this type carry besides, such as `limit` and `actual`."""
+        return dict(self.problem.model_extra or {})
+
+
+class Unauthenticated(ProblemError):
+    """401: the service wants an API key, or does not know this one."""
+
+
+class Forbidden(ProblemError):
+    """403: the key does not have the scope that this needs."""
+
+
+class RateLimited(ProblemError):
+    """429: the key has sent all the images that it may for now."""
+
+
+class Unavailable(ProblemError):
+    """503 or 504: not ready, at capacity, or out of time; the same request may succeed later."""
+
+
+def problem_error(problem: Problem, status: int, retry_after_s: float | None) -> ProblemError:
+    """The exception that goes with an HTTP status."""
+    kinds = {401: Unauthenticated, 403: Forbidden, 429: RateLimited, 503: Unavailable, 504: Unavailable}
+    return kinds.get(status, ProblemError)(problem, status, retry_after_s)

@@ -1,0 +1,184 @@
+"""Start-up: settings in, everything that answers requests out. Everything is put together here and nowhere else."""
+
+import logging
+from collections.abc import Iterable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+
+from indexer.contents import POOLS
+from perception.errors import NonFiniteEmbedding
+from perception.policy_file import CalibratedPolicy
+from service.admission import Admission
+from service.batching import Batcher, Observer
+from service.classifier import Classifier
+from service.decoding import DecoderPool, DecoderSettings
+from service.engine import Query, ServingEncoder, Sighting
+from service.errors import TextUnsupported
+from service.fetch import Fetcher, rules_of
+from service.keys import KeyRing, anonymous_scopes
+from service.probing import ProbingDetector
+from service.published import Published
+from service.rate_limits import RateLimits
+from service.replicas import Served, devices, serve_on
+from service.runtime import Runtime
+from service.schemas import described_policy
+from service.settings import Settings
+from service.telemetry import Metrics
+from service.wire import Model
+
+_log = logging.getLogger("hardlook.startup")
+_QUEUE = "encoder queue"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What takes long to load, or may refuse to: the encoder, the snapshots, the calibrated policy, the keys.
+
+    Attributes:
+        served: the encoder on each of its devices, as often as it has replicas.
+        published: the snapshots.
+        keys: of callers.
+        calibrated: the policy, where it is from a file.
+    """
+
+    served: tuple[Served, ...]
+    published: Published
+    keys: KeyRing
+    calibrated: CalibratedPolicy | None = None
+
+    @property
+    def encoder(self) -> ServingEncoder:
+        """On the first device."""
+        return self.served[0].encoder
+
+
+def load(settings: Settings, encoder: ServingEncoder | None = None) -> Loaded:
+    """Load what the settings name, and try it out.
+
+    Args:
+        settings: of the service.
+        encoder: used instead of the one that the settings name.
+
+    Raises:
+        SettingsError: no such device, or the keys file is absent or damaged.
+        UnknownEncoder, HubUnreachable, CheckpointError: the encoder cannot be loaded.
+        NonFiniteEmbedding: it does not work.
+        FingerprintMismatch: a published snapshot or the policy file was made by another encoder; names both.
+        IndexerError: a published snapshot is damaged.
+        PolicyError: the policy file is absent or damaged.
+    """
+    keys = KeyRing(settings.keys_file)
+    rules_of(settings), RateLimits(settings.rate_limit)  # what is wrong with them is said before the encoder is loaded
+    calibrated = None if settings.policy_file is None else CalibratedPolicy.load(settings.policy_file)
+    if encoder is None:
+        served = serve_on(devices(settings), lambda device: _load_encoder(settings, device), settings)
+    else:
+        given = encoder
+        served = serve_on(("cpu",) * settings.replicas, lambda device: given, settings)
+    fingerprint = served[0].encoder.fingerprint
+    if calibrated is not None:
+        calibrated.require_encoder(fingerprint, f"calibrated policy {settings.policy_file}")
+    published = Published(settings.pools, fingerprint)
+    if calibrated is not None:
+        _compare_pools(calibrated, published)
+    return Loaded(served, published, keys, calibrated)
+
+
+def _load_encoder(settings: Settings, device: str) -> ServingEncoder:
+    from perception.catalogue import load_encoder
+
+    return load_encoder(settings.encoder, precision=settings.precision, device=device)
+
+
+def _compare_pools(calibrated: CalibratedPolicy, published: Published) -> None:
+    """Say so where other pools are served than the policy was audited with: its rates are those of the audited ones."""
+    pools = published.snapshots.get(POOLS)
+    if pools is not None and pools.to_gallery().sha256 != calibrated.gallery_sha256:
+        _log.warning(
+            "policy %r was audited with other pools (gallery %s) than version %s, which is served: audit again",
+            calibrated.name,
+            calibrated.gallery_sha256,
+            pools.version,
+        )
+
+
+async def start(settings: Settings, parts: Loaded, metrics: Metrics, stack: AsyncExitStack) -> Runtime:
+    """Start the decoding processes and the threads of the replicas; the stack ends them, the threads first."""
+    decoder = await stack.enter_async_context(
+        DecoderPool(
+            DecoderSettings(
+                settings.image_limits,
+                parts.encoder.preprocess,
+                settings.decode_timeout_s,
+                settings.decode_memory_bytes,
+            ),
+            workers=settings.decode_workers,
+            replaced=metrics.decoder_replaced,
+        )
+    )
+    batcher: Batcher[Query, Sighting] = await stack.enter_async_context(
+        Batcher(
+            [served.replica(metrics) for served in parts.served],
+            max_batch=settings.max_batch,
+            max_queue=settings.max_queue,
+            expected=(NonFiniteEmbedding, TextUnsupported),
+            name=_QUEUE,
+            observer=Observer(batch=metrics.batch, waited=lambda seconds: metrics.stage_seconds("queue", seconds)),
+        )
+    )
+    fetcher = await stack.enter_async_context(Fetcher(rules_of(settings)))
+    encoder = parts.encoder
+    policy = settings.policy if parts.calibrated is None else parts.calibrated.policy
+    pace_s = max(served.seconds_per_image for served in parts.served) / len(parts.served)
+    admission = Admission(settings.max_requests, settings.deadline_s, pace_s)
+    runtime = Runtime(
+        settings=settings,
+        model=Model(name=encoder.name, fingerprint=encoder.fingerprint, precision=encoder.precision),
+        policy=described_policy(policy, parts.calibrated),
+        calibrated=parts.calibrated,
+        published=parts.published,
+        classifier=Classifier(
+            parts.published, decoder, batcher, fetcher, policy, settings.deadline_s, metrics, admission.answered
+        ),
+        admission=admission,
+        batcher=batcher,
+        keys=parts.keys,
+        anonymous_scopes=anonymous_scopes(settings),
+        rate_limits=RateLimits(settings.rate_limit),
+        probing=ProbingDetector(settings.probing_limit, settings.probing_similarity, settings.probing_window_s),
+        metrics=metrics,
+    )
+    _watch(runtime, decoder)
+    return runtime
+
+
+def _watch(runtime: Runtime, decoder: DecoderPool) -> None:
+    """Let the metrics look at what has a state."""
+    settings, metrics = runtime.settings, runtime.metrics
+    metrics.build_info(
+        version=product_version(),
+        model=runtime.model.name,
+        fingerprint=runtime.model.fingerprint,
+        precision=runtime.model.precision,
+        policy=runtime.policy.version,
+    )
+    metrics.watch_queue("encoder", lambda: runtime.batcher.depth, settings.max_queue)
+    metrics.watch_queue("decoder", lambda: decoder.waiting, settings.max_requests)
+    metrics.watch_queue("requests", lambda: runtime.admission.requests, settings.max_requests)
+
+    def snapshots() -> Iterable[tuple[str, str, datetime, dict[str, int]]]:
+        for name, snapshot in sorted(runtime.published.snapshots.items()):
+            yield name, snapshot.version, datetime.fromisoformat(snapshot.created_at), snapshot.counts
+
+    metrics.watch_snapshots(snapshots)
+
+
+def product_version() -> str:
+    """Of hardlook, as it is installed."""
+    try:
+        return installed_version("hardlook")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "0"
