@@ -62,7 +62,14 @@ class Connection:
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def send(self, data: bytes, tally: Tally) -> None:
-        """Send one image; a connection that breaks counts as status 0."""
+        """Send one image; a connection that breaks counts as status 0.
+
+        One that was idle may have been closed by the other side meanwhile; then there is a second try.
+        """
+        if not await self._try(data, tally, last=self._streams is None):
+            await self._try(data, tally, last=True)
+
+    async def _try(self, data: bytes, tally: Tally, last: bool) -> bool:
         began_s = time.perf_counter()
         try:
             if self._streams is None:
@@ -72,12 +79,14 @@ class Connection:
             head = (await reader.readuntil(b"\r\n\r\n")).lower()
             await reader.readexactly(int(head.partition(b"\r\ncontent-length: ")[2].partition(b"\r\n")[0]))
         except (OSError, EOFError):
-            tally.add(0, b"", time.perf_counter() - began_s)
             self.close()
-            return
+            if last:
+                tally.add(0, b"", time.perf_counter() - began_s)
+            return last
         tally.add(int(head[9:12]), head, time.perf_counter() - began_s)
         if b"\r\nconnection: close" in head:
             self.close()
+        return True
 
     def close(self) -> None:
         """Forget the connection."""

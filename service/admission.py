@@ -92,15 +92,19 @@ class Admission:
             Overloaded: there is none.
             WaitTooLong: not one more image would be answered in time, so its body need not be read.
         """
-        if self._requests >= self._max_requests:
-            raise Overloaded("requests", self._max_requests)
-        self._require_time(1)
+        self.require_room()
         self._requests += 1
         self._worked = True
         try:
             yield
         finally:
             self._requests -= 1
+
+    def require_room(self) -> None:
+        """Return where a request would be let in now; errors are those of `enter`."""
+        if self._requests >= self._max_requests:
+            raise Overloaded("requests", self._max_requests)
+        self._require_time(1)
 
     @contextmanager
     def work_on(self, images: int) -> Iterator[None]:

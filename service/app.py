@@ -1,6 +1,7 @@
 """The application: routes, what surrounds them, and their life from start-up to the last answer."""
 
 import asyncio
+import gc
 import logging
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -20,10 +21,11 @@ from service.errors import ServiceError
 from service.intake import invalid_parameter
 from service.keys import KeyRing
 from service.memory import trim_when_idle
-from service.problems import MEDIA_TYPE, extra_headers, http_problem, problem
+from service.problems import MEDIA_TYPE, extra_headers, http_problem, problem_response
 from service.request_log import RequestLog
 from service.runtime import request_id_of, state_of
 from service.settings import Settings
+from service.shedding import Shedding
 from service.startup import Loaded, load, product_version, start
 from service.telemetry import Metrics
 from service.tracing import flush_tracing, telemetry_config
@@ -63,6 +65,7 @@ def create_app(
     counters.watch_state(lambda: state_of(app))
     for routes in (classify, similar, pools, metrics, health):
         app.include_router(routes.router)
+    app.add_middleware(Shedding)
     app.add_middleware(RequestLog, metrics=counters)
     for error_type in (PerceptionError, IndexerError, ServiceError):
         app.add_exception_handler(error_type, _answer_expected)
@@ -92,8 +95,14 @@ def _life(
                 app.state.runtime = runtime
                 _log.info("started")
 
+            async def load_and_open_up() -> None:
+                await open_up()
+                # What is there now stays: looking through it again and again would stop all answers for a moment.
+                gc.collect()
+                gc.freeze()
+
             if loaded is None:
-                chores.append(asyncio.create_task(_reported(open_up(), failed)))
+                chores.append(asyncio.create_task(_reported(load_and_open_up(), failed)))
             else:
                 await open_up()
             try:
@@ -155,27 +164,19 @@ async def _in_daemon_thread(work: Callable[[], T]) -> T:
 
 
 async def _answer_expected(request: Request, error: Exception) -> JSONResponse:
-    body = problem(error, request_id_of(request))
-    if body["status"] == 500:
+    response = problem_response(error, request_id_of(request))
+    if response.status_code == 500:
         _log.error("a bug", exc_info=error)
-    return _response(body, error=error)
+    return response
 
 
 async def _answer_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     body = http_problem(error.status_code, str(error.detail), request_id_of(request))
-    return _response(body, headers=dict(error.headers or {}))
+    headers = {**extra_headers(error.status_code), **(error.headers or {})}
+    return JSONResponse(body, status_code=error.status_code, media_type=MEDIA_TYPE, headers=headers)
 
 
 async def _answer_validation(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    return _response(problem(invalid_parameter(error.errors()), request_id_of(request)))
-
-
-def _response(
-    body: dict[str, object], error: Exception | None = None, headers: dict[str, str] | None = None
-) -> JSONResponse:
-    status = int(str(body["status"]))
-    return JSONResponse(
-        body, status_code=status, media_type=MEDIA_TYPE, headers={**extra_headers(status, error), **(headers or {})}
-    )
+    return problem_response(invalid_parameter(error.errors()), request_id_of(request))

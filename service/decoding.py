@@ -199,7 +199,7 @@ class DecoderPool:
         settings: DecoderSettings,
         *,
         workers: int,
-        images_per_worker: int = 500,
+        images_per_worker: int = 10_000,
         replaced: Callable[[str], object] = lambda reason: None,
     ) -> None:
         if workers < 1:

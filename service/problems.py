@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
+from starlette.responses import JSONResponse
+
 from indexer import errors as indexer
 from perception import errors as perception
 from service import errors as service
@@ -126,6 +128,13 @@ def http_problem(status: int, detail: str, request_id: str) -> dict[str, Any]:
     """The problem details of an error that the web framework raised."""
     title = HTTPStatus(status).phrase
     return _standard(_HTTP_SLUGS.get(status, "http-error"), title, status, detail, request_id)
+
+
+def problem_response(error: Exception, request_id: str) -> JSONResponse:
+    """The whole answer to an exception."""
+    body = problem(error, request_id)
+    status = int(body["status"])
+    return JSONResponse(body, status_code=status, media_type=MEDIA_TYPE, headers=extra_headers(status, error))
 
 
 def extra_headers(status: int, error: Exception | None = None) -> dict[str, str]:

@@ -17,13 +17,15 @@ from perception.errors import CheckpointError
 from service.batching import Replica
 from service.engine import Engine, Query, Search, ServingEncoder, Sighting, TextTower
 from service.errors import SettingsError
+from service.graph import as_graph
 from service.settings import Settings
 from service.telemetry import Metrics
 
 _log = logging.getLogger("hardlook.replicas")
 # More threads of one operation must pay: they also take the cores from decoding and from answering.
-_WORTH_IT = 1.25
+_WORTH_IT = 1.5
 _PROBE_BATCH = 4
+_GRAPH_BATCH = 8
 _PROBE_REPEATS = 3
 _PROBE_LONG_S = 0.5
 
@@ -158,6 +160,6 @@ def serve_on(places: Sequence[str], load: Callable[[str], ServingEncoder], setti
     by_device: dict[str, Served] = {}
     for place in places:
         if place not in by_device:
-            encoder = load(place)
+            encoder = as_graph(load(place), (1, 3, min(_GRAPH_BATCH, settings.max_batch)))
             by_device[place] = try_out(encoder, text_tower(encoder), settings, places.count(place))
     return tuple(by_device[place] for place in places)

@@ -13,14 +13,13 @@ from typing import Any
 from uuid import uuid4
 
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars, merge_contextvars
 from structlog.processors import JSONRenderer, format_exc_info
 from structlog.stdlib import ProcessorFormatter
 from structlog.typing import EventDict
 
-from service.problems import MEDIA_TYPE, TYPE_PREFIX, problem
+from service.problems import MEDIA_TYPE, TYPE_PREFIX, problem_response
 from service.telemetry import Metrics
 from service.tracing import current_trace_id
 
@@ -71,8 +70,7 @@ class RequestLog:
                 _log.exception("a bug")
                 if exchange.status is not None:  # half an answer is out: only the server can end it
                     raise
-                body = problem(error, request_id)
-                response = JSONResponse(body, status_code=body["status"], media_type=MEDIA_TYPE)
+                response = problem_response(error, request_id)
                 await response(scope, exchange.receive, exchange.send)
             finally:
                 self._report(scope, exchange)

@@ -5,7 +5,9 @@ from collections.abc import Awaitable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 from fastapi import FastAPI, Request
+from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect
 
 from perception.policy_file import CalibratedPolicy
@@ -58,6 +60,15 @@ class Runtime:
     rate_limits: RateLimits
     probing: ProbingDetector
     metrics: Metrics
+
+    def answers_coarsely(self, caller: Caller, sha256: bytes, embedding: NDArray[np.float32]) -> bool:
+        """Note what a caller sent; whether its answer must be coarse, since the caller tries out how to change it."""
+        if caller.anonymous and not self.settings.probing_anonymous:
+            return False
+        coarse = self.probing.observe(caller.id, sha256, embedding)
+        if coarse:
+            self.metrics.coarse_answer()
+        return coarse
 
     @property
     def broken(self) -> bool:

@@ -83,6 +83,9 @@ class Settings(BaseSettings):
         le=1000,
         description="Near-duplicates from one caller after which its answers are coarse; 0 turns it off.",
     )
+    probing_anonymous: bool = Field(
+        False, description="Watch callers without a key too, each address as one; many may share an address."
+    )
     probing_similarity: float = Field(0.95, gt=0, lt=1, description="Cosine from which images are near-duplicates.")
     probing_window_s: Seconds = Field(600.0, description="How long near-duplicates are remembered.")
 

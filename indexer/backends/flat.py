@@ -17,6 +17,10 @@ _CHUNK_ROWS = 4096  # bounds the float64 copies of a wide search
 # FAISS multiplies matrices by BLAS from this many query entries (queries x d) on. Its own default, 128,000, is 6 times
 # slower for 16 queries against 100,000 x 512. The setting is FAISS's and process-wide; no answer depends on it.
 _BLAS_FROM_ENTRIES = 2048
+# Multiplications from which a search runs on all cores: smaller ones are over before the other threads are awake, which
+# then spin for a while and take a core from whoever needs it. No answer depends on it.
+_PARALLEL_FROM = 50_000_000
+_THREADS = int(faiss.omp_get_max_threads())
 
 
 class FlatIndex:
@@ -75,6 +79,8 @@ class FlatIndex:
         self, queries: NDArray[np.float32], n: int, rows: range
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """The n best rows by FAISS: approximate similarities and positions, (b, min(n, len(rows))) each."""
+        work = len(queries) * len(rows) * self.dim
+        faiss.omp_set_num_threads(_THREADS if work >= _PARALLEL_FROM else 1)  # of the thread that calls it
         parameters = faiss.SearchParameters()
         selector = faiss.IDSelectorRange(rows.start, rows.stop)
         parameters.sel = selector

@@ -42,8 +42,7 @@ async def classify(request: Request, query: Annotated[ClassifyParameters, Query(
 
         async def work(upload: Upload, source: bytes | RemoteImage) -> ClassifyItem:
             found = await runtime.classifier.classify(source, snapshot, shown, until_s)
-            if runtime.probing.observe(caller.id, found.sha256, found.embedding):
-                runtime.metrics.coarse_answer()
+            if runtime.answers_coarsely(caller, found.sha256, found.embedding):
                 return coarse_classify_item(upload.id, found)
             return classify_item(upload.id, found, runtime.calibrated)
 

@@ -76,8 +76,7 @@ class _Lookup:
     async def _one(self, upload: Upload, source: bytes | RemoteImage) -> SimilarItem:
         found = await self._find(source)
         assert found.sha256 is not None
-        if self.runtime.probing.observe(self.caller.id, found.sha256, found.embedding):
-            self.runtime.metrics.coarse_answer()
+        if self.runtime.answers_coarsely(self.caller, found.sha256, found.embedding):
             return coarse_similar_item(upload.id, found, self.min_similarity)
         return similar_item(upload.id, found, self.min_similarity)
 

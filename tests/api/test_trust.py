@@ -94,7 +94,7 @@ def variant(seed: int) -> bytes:
 
 
 def test_who_probes_an_image_learns_its_verdict_alone(start: Start) -> None:
-    client = start(probing_limit=5, probing_similarity=0.99)
+    client = start(probing_limit=5, probing_similarity=0.99, probing_anonymous=True)
 
     def ask(path: str, data: bytes, **parameters: Any) -> dict[str, Any]:
         answer = client.post(path, content=data, headers=PNG, params=parameters).json()
@@ -122,9 +122,23 @@ def test_who_probes_an_image_learns_its_verdict_alone(start: Start) -> None:
 
 
 def test_the_same_image_again_and_again_is_no_probing(start: Start) -> None:
-    client = start(probing_limit=2)
+    client = start(probing_limit=2, probing_anonymous=True)
     details = [send(client, "POST", "/classify").json()["results"][0]["detail"] for _ in range(8)]
     assert details == ["full"] * 8
+
+
+def test_callers_with_a_key_are_watched_and_others_where_the_operator_says_so(start: Start, tmp_path: Path) -> None:
+    key = key_of(tmp_path, "classify")
+    client = start(
+        keys_file=tmp_path / "keys.json", anonymous_scopes=("classify",), probing_limit=2, probing_similarity=0.99
+    )
+
+    def details(**headers: str) -> list[str]:
+        sent = [client.post("/classify", content=variant(seed), headers={**PNG, **headers}) for seed in range(8)]
+        return [answer.json()["results"][0]["detail"] for answer in sent]
+
+    assert details() == ["full"] * 8
+    assert details(**{"x-api-key": key})[-1] == "coarse"
 
 
 def test_urls_are_fetched_only_where_that_is_turned_on(start: Start) -> None:
@@ -160,7 +174,7 @@ def test_secrets_are_not_logged(start: Start, tmp_path: Path, caplog: pytest.Log
             body = {"images": [{"url": "https://user:s3cr3t@example.org/s3cr3t?s3cr3t"}]}
             client.post("/classify", json=body, headers=header)
             client.post("/similar", json={"text": "s3cr3t"}, headers=header)
-    secret = key.split("_")[2]
+    secret = key.split("_", 2)[2]
     ours = [record for record in caplog.records if not record.name.startswith("httpx")]  # that is the test's client
     assert ours
     for record in ours:

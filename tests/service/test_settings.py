@@ -59,6 +59,7 @@ def test_every_field_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch) 
         "keys_file": "keys.json",
         "rate_limit": "5/second",
         "probing_limit": "24",
+        "probing_anonymous": "True",
         "probing_similarity": "0.9",
         "probing_window_s": "25.5",
         "fetch": "True",
