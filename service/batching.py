@@ -6,12 +6,13 @@ Knows nothing of images.
 
 import asyncio
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from service.errors import DeadlineExceeded, NotReady, Overloaded
 
@@ -46,7 +47,7 @@ class _Entry(Generic[In, Out]):
 
 @dataclass(frozen=True)
 class Observer:
-    """Told what happens; called on the event loop. By default nobody listens.
+    """Told what happens; called in the threads of the replicas, and must not raise. By default nobody listens.
 
     Attributes:
         batch: items and seconds of a batch that was run.
@@ -88,14 +89,13 @@ class Batcher(Generic[In, Out]):
             raise ValueError("need at least one replica")
         if not 1 <= max_batch <= max_queue:
             raise ValueError(f"need 1 <= max_batch <= max_queue, got {max_batch} and {max_queue}")
-        self._replicas = [_Thread(replica, f"{name} {number}") for number, replica in enumerate(replicas)]
         self._max_batch, self._max_queue, self._expected, self._name = max_batch, max_queue, expected, name
         self._observer = observer or Observer()
+        self._threads = [_Thread(replica, f"{name} {number}", self) for number, replica in enumerate(replicas)]
         self._waiting: deque[_Entry[In, Out]] = deque()
-        self._arrival = asyncio.Event()
+        self._change = threading.Condition()  # guards what waits, who is idle, and the end
         self._idle = 0
-        self._closing = False
-        self._loops: list[asyncio.Task[None]] = []
+        self._open = False
 
     async def __aenter__(self) -> Self:
         """Prepare all replicas, and begin.
@@ -103,22 +103,19 @@ class Batcher(Generic[In, Out]):
         Raises:
             Exception: what the first replica raised, where none of them could be prepared.
         """
-        failures = await asyncio.gather(*(replica.prepare() for replica in self._replicas))
+        loop = asyncio.get_running_loop()
+        self._open = True
+        failures = await asyncio.gather(*(thread.begin(loop) for thread in self._threads))
         if not self.working:
-            for replica in self._replicas:
-                replica.executor.shutdown()
             raise next(failure for failure in failures if failure is not None)
-        self._loops = [asyncio.create_task(self._loop(replica), name=self._name) for replica in self._replicas]
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Refuse new items, finish all that were accepted, end the threads."""
-        self._closing = True
-        self._arrival.set()
-        await asyncio.gather(*self._loops)
-        self._refuse_waiting()
-        for replica in self._replicas:
-            replica.executor.shutdown()
+        with self._change:
+            self._open = False
+            self._change.notify_all()
+        await asyncio.gather(*(asyncio.to_thread(thread.join) for thread in self._threads))
 
     @property
     def depth(self) -> int:
@@ -128,7 +125,7 @@ class Batcher(Generic[In, Out]):
     @property
     def working(self) -> int:
         """How many replicas have not failed."""
-        return sum(replica.works for replica in self._replicas)
+        return sum(thread.works for thread in self._threads)
 
     async def submit(self, items: Sequence[In], *, timeout_s: float | None = None) -> list[Out]:
         """Run items, which may travel in different batches; all are accepted or none.
@@ -143,18 +140,9 @@ class Batcher(Generic[In, Out]):
             NotReady: closing, not started, or every replica has failed.
             Exception: what the function raised for the first of these items that failed.
         """
-        if self._closing or not self._loops:
-            raise NotReady("the service is shutting down or has not started")
-        if not self.working:
-            raise NotReady(f"{self._name}: every replica has failed")
-        if len(self._waiting) + len(items) > self._max_queue:
-            self._waiting = deque(entry for entry in self._waiting if not entry.future.done())
-        if len(self._waiting) + len(items) > self._max_queue:
-            raise Overloaded(self._name, self._max_queue)
         loop, now_s = asyncio.get_running_loop(), time.monotonic()
         entries: list[_Entry[In, Out]] = [_Entry(item, loop.create_future(), now_s) for item in items]
-        self._waiting.extend(entries)
-        self._arrival.set()
+        self._accept(entries)
         timer = asyncio.timeout(timeout_s)
         try:
             async with timer:
@@ -167,25 +155,34 @@ class Batcher(Generic[In, Out]):
             for entry in entries:
                 entry.future.cancel()
 
-    async def _loop(self, replica: "_Thread[In, Out]") -> None:
-        while replica.works:
-            self._arrival.clear()
-            batch = self._form_batch()
-            if batch:
-                await self._run(replica, batch)
-            elif self._closing:
-                return
-            else:
+    def _accept(self, entries: Sequence[_Entry[In, Out]]) -> None:
+        with self._change:
+            if not self._open:
+                raise NotReady("the service is shutting down or has not started")
+            if not self.working:
+                raise self._all_failed()
+            if len(self._waiting) + len(entries) > self._max_queue:
+                self._waiting = deque(entry for entry in self._waiting if not entry.future.done())
+            if len(self._waiting) + len(entries) > self._max_queue:
+                raise Overloaded(self._name, self._max_queue)
+            self._waiting.extend(entries)
+            if self._idle:
+                self._change.notify_all()
+
+    def _all_failed(self) -> NotReady:
+        return NotReady(f"{self._name}: every replica has failed")
+
+    def next_batch(self) -> list[_Entry[In, Out]]:
+        """What a replica is to run next, as soon as there is something; nothing at the end."""
+        with self._change:
+            while not (batch := self._form_batch()) and self._open:
                 self._idle += 1
-                try:
-                    await self._arrival.wait()
-                finally:
-                    self._idle -= 1
-        if not self.working:
-            self._refuse_waiting()
+                self._change.wait()
+                self._idle -= 1
+        return batch
 
     def _form_batch(self) -> list[_Entry[In, Out]]:
-        """What comes next; a share of it where other replicas are idle too."""
+        """The first that wait; a share of them where other replicas are idle too."""
         most = min(self._max_batch, -(-len(self._waiting) // (1 + self._idle)))
         batch: list[_Entry[In, Out]] = []
         now_s = time.monotonic()
@@ -196,83 +193,111 @@ class Batcher(Generic[In, Out]):
                 self._observer.waited(now_s - entry.arrived_s)
         return batch
 
-    async def _run(self, replica: "_Thread[In, Out]", batch: Sequence[_Entry[In, Out]]) -> None:
-        """Resolve every future of the batch; never raises, so that the loop lives on."""
-        started_s = time.monotonic()
-        outcome = await replica.call([entry.item for entry in batch])
-        self._observer.batch(len(batch), time.monotonic() - started_s)
-        if not isinstance(outcome, Exception):
-            for entry, output in zip(batch, outcome, strict=True):
-                if not entry.future.done():
-                    entry.future.set_result(output)
-        elif len(batch) == 1:
-            if not batch[0].future.done():
-                batch[0].future.set_exception(outcome)
-            if not isinstance(outcome, self._expected):
-                await replica.examine()
-        else:
-            for position, entry in enumerate(batch):
-                if not replica.works:  # the rest is for another replica, or for the refusal at the end of the loop
-                    self._waiting.extendleft(reversed(batch[position:]))
-                    break
-                if not entry.future.done():
-                    await self._run(replica, [entry])
-            self._arrival.set()
+    def give_back(self, entries: Sequence[_Entry[In, Out]]) -> None:
+        """Take over what a replica that has failed did not run: for another one, or refused where there is none."""
+        with self._change:
+            self._waiting.extendleft(reversed(entries))
+            refused = [] if self.working else list(self._waiting)
+            if refused:
+                self._waiting.clear()
+            self._change.notify_all()
+        if refused:
+            _resolve(refused, [self._all_failed() for _ in refused])
 
-    def _refuse_waiting(self) -> None:
-        while self._waiting:
-            entry = self._waiting.popleft()
-            if not entry.future.done():
-                entry.future.set_exception(NotReady(f"{self._name}: every replica has failed"))
+    def observed(self, size: int, seconds: float) -> None:
+        """Pass a batch on to the observer."""
+        self._observer.batch(size, seconds)
+
+    def is_expected(self, error: Exception) -> bool:
+        """Whether an error says something of an item and nothing of its replica."""
+        return isinstance(error, self._expected)
 
 
-class _Thread(Generic[In, Out]):
-    """A replica together with its thread and its health."""
+class _Thread(threading.Thread, Generic[In, Out]):
+    """A replica, its thread and its health."""
 
-    def __init__(self, replica: Replica[In, Out], name: str) -> None:
-        self._replica, self._name = replica, name
-        self.executor = ThreadPoolExecutor(1, thread_name_prefix=name)
+    def __init__(self, replica: Replica[In, Out], name: str, batcher: Batcher[In, Out]) -> None:
+        super().__init__(name=name, daemon=True)
+        self._replica, self._batcher = replica, batcher
+        self._prepared: asyncio.Future[Exception | None] | None = None
         self.works = True
 
-    async def prepare(self) -> Exception | None:
-        """Get ready; why it could not."""
-        return await self._judge(self._replica.prepare)
+    def begin(self, loop: asyncio.AbstractEventLoop) -> "asyncio.Future[Exception | None]":
+        """Start; the future says when it is prepared, or why it cannot be."""
+        self._prepared = loop.create_future()
+        self.start()
+        return self._prepared
 
-    async def examine(self) -> None:
-        """Find out whether it was the replica that failed."""
-        await self._judge(self._replica.check)
+    def run(self) -> None:
+        """Run batches until the end, or until the replica has failed."""
+        failure = self._judge(self._replica.prepare)
+        assert self._prepared is not None
+        _call_soon(self._prepared, self._prepared.set_result, failure)
+        while self.works and (batch := self._batcher.next_batch()):
+            self._run_batch(batch)
+        if not self.works:
+            self._batcher.give_back([])
 
-    async def _judge(self, check: Callable[[], object] | None) -> Exception | None:
+    def _run_batch(self, batch: Sequence[_Entry[In, Out]]) -> None:
+        started_s = time.monotonic()
+        outcome = self._outputs([entry.item for entry in batch])
+        self._batcher.observed(len(batch), time.monotonic() - started_s)
+        if not isinstance(outcome, Exception):
+            _resolve(batch, outcome)
+        elif len(batch) == 1:
+            _resolve(batch, [outcome])
+            if not self._batcher.is_expected(outcome):
+                self._judge(self._replica.check)
+        else:
+            for position, entry in enumerate(batch):
+                if not self.works:
+                    self._batcher.give_back(batch[position:])
+                    return
+                if not entry.future.done():
+                    self._run_batch([entry])
+
+    def _judge(self, check: Callable[[], object] | None) -> Exception | None:
         """Call what raises where the replica cannot work; a replica that cannot gets no more work."""
-        if check is None:
-            return None
-        outcome = await self._in_thread(check)
+        outcome = None if check is None else _returned(check)
         if not isinstance(outcome, Exception):
             return None
         self.works = False
-        _log.critical("%s has failed and gets no more work", self._name, exc_info=outcome)
+        _log.critical("%s has failed and gets no more work", self.name, exc_info=outcome)
         return outcome
 
-    async def call(self, items: Sequence[In]) -> Sequence[Out] | Exception:
+    def _outputs(self, items: Sequence[In]) -> Sequence[Out] | Exception:
         """The outputs of a batch, or the error as a value."""
+        outputs = _returned(lambda: self._replica.run(items))
+        if not isinstance(outputs, Exception) and len(outputs) != len(items):
+            return RuntimeError(f"{self.name}: {len(items)} items gave {len(outputs)} outputs")
+        return outputs
 
-        def function() -> Sequence[Out]:
-            outputs = self._replica.run(items)
-            if len(outputs) != len(items):
-                raise RuntimeError(f"{self._name}: {len(items)} items gave {len(outputs)} outputs")
-            return outputs
 
-        return await self._in_thread(function)
+def _resolve(entries: Sequence[_Entry[In, Out]], outcomes: Sequence[Out | Exception]) -> None:
+    """Hand outcomes to callers, who wait on the event loop."""
 
-    async def _in_thread(self, function: Callable[[], T]) -> T | Exception:
-        return await asyncio.get_running_loop().run_in_executor(self.executor, _returned, function)
+    def hand_over() -> None:
+        for entry, outcome in zip(entries, outcomes, strict=True):
+            if entry.future.done():
+                continue
+            if isinstance(outcome, Exception):
+                entry.future.set_exception(outcome)
+            else:
+                entry.future.set_result(outcome)
+
+    _call_soon(entries[0].future, hand_over)
+
+
+def _call_soon(future: "asyncio.Future[Any]", function: Callable[..., object], *arguments: object) -> None:
+    with suppress(RuntimeError):  # the loop has ended, and with it everybody who waited
+        future.get_loop().call_soon_threadsafe(function, *arguments)
 
 
 def _returned(function: Callable[[], T]) -> T | Exception:
     """Call a function; hand its error back as a value.
 
-    An exception that a future cannot hold (StopIteration, SystemExit) would otherwise end the loop of a replica, and
-    every caller would wait for ever.
+    An exception that a future cannot hold (StopIteration, SystemExit) would otherwise end the thread, and every caller
+    would wait for ever.
     """
     try:
         return function()
