@@ -1,4 +1,7 @@
-"""Runs the real hardlook-serve over ToyEncoder; the only argument is the time that a batch takes, in seconds."""
+"""Runs the real hardlook-serve over ToyEncoder; arguments: seconds that a batch takes, seconds that loading takes.
+
+A white image breaks the encoder for good, as a lost device does.
+"""
 
 import sys
 import time
@@ -8,6 +11,7 @@ from torch import Tensor
 import service.startup
 from perception.testing import ToyEncoder
 from service.cli import main
+from service.settings import Settings
 
 
 class Slow(ToyEncoder):
@@ -16,12 +20,21 @@ class Slow(ToyEncoder):
     def __init__(self, batch_s: float) -> None:
         super().__init__()
         self.batch_s = batch_s
+        self.broken = False
 
     def encode(self, pixels: Tensor) -> Tensor:
         time.sleep(self.batch_s)
+        self.broken |= bool((pixels == 1).all())
+        if self.broken:
+            raise RuntimeError("device lost")
         return super().encode(pixels)
 
 
+def slowly_loaded(settings: Settings, device: str) -> Slow:
+    time.sleep(float(sys.argv[2]))
+    return Slow(float(sys.argv[1]))
+
+
 if __name__ == "__main__":
-    service.startup._load_encoder = lambda settings, device: Slow(float(sys.argv[1]))
+    service.startup._load_encoder = slowly_loaded
     main([])
