@@ -32,6 +32,7 @@ class Shedding:
         if refusal is None:
             await self._app(scope, receive, send)
         else:
+            scope["endpoint"] = None  # a route that exists, for log and metrics, although nobody looked for it
             await refusal(scope, receive, send)
 
 

@@ -69,6 +69,8 @@ def test_a_full_service_refuses_without_reading(tmp_path: Path, path: str, metho
         return conversation
 
     found = asyncio.run(work())
+    counted = app.state.metrics.render()[0].decode()
+    assert (f'hardlook_requests_total{{method="{method}",route="{path}",status="503"}} 1.0' in counted) is shed
     assert (found.status == 503) is shed
     assert found.headers["x-request-id"] == "the-id"
     assert found.headers["x-content-type-options"] == "nosniff"
