@@ -56,7 +56,7 @@ def serve(settings: Settings) -> None:
     from service.tracing import configure_tracing
 
     configure_logging(settings.log_level)
-    keep_freed_memory()
+    keep_freed_memory(one_arena=True)  # service.memory gives it back
     if reason := exposed_without_keys(settings):
         _fail(reason)
     try:

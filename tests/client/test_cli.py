@@ -249,7 +249,13 @@ def test_no_answer_within_the_timeout_is_an_error(images: dict[str, Path], capsy
 
 def start(*tokens: object, **options: Any) -> "subprocess.Popen[str]":
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*COMMAND, *map(str, tokens)], cwd=ROOT, text=True, **(pipes | options))
+
+    def heed_interrupts() -> None:  # which are ignored in what a shell has put in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return subprocess.Popen(
+        [*COMMAND, *map(str, tokens)], cwd=ROOT, text=True, preexec_fn=heed_interrupts, **(pipes | options)
+    )
 
 
 def test_lists_from_stdin(service: str, images: dict[str, Path]) -> None:
