@@ -14,9 +14,10 @@ from PIL import Image
 from perception.testing import ToyEncoder, encoded, synthetic_image
 from service.testing import publish, toy_pools
 from tests.journeys.servers import Server, running
+from tests.journeys.toy_server import LOST
 
 DATA = encoded(synthetic_image(1))
-WHITE = encoded(Image.new("RGB", (20, 20), "white"))
+BREAKING = encoded(Image.new("RGB", (20, 20), LOST))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_what_cannot_be_loaded_ends_it_with_one_line(published: Path, tmp_path: 
 def test_an_encoder_that_is_lost_is_found_out_and_said(published: Path, tmp_path: Path) -> None:
     with running(published, tmp_path) as server:
         assert states(server) == (200, 200, 200)
-        assert server.classify(WHITE).status_code == 500
+        assert server.classify(BREAKING).status_code == 500
         eventually(lambda: states(server) == (503, 200, 503))
         assert server.classify(DATA).status_code == 503
 

@@ -1,17 +1,20 @@
 """Runs the real hardlook-serve over ToyEncoder; arguments: seconds that a batch takes, seconds that loading takes.
 
-A white image breaks the encoder for good, as a lost device does.
+An image of nothing but `LOST` breaks the encoder for good, as a lost device does.
 """
 
 import sys
 import time
 
+import torch
 from torch import Tensor
 
 import service.startup
 from perception.testing import ToyEncoder
 from service.cli import main
 from service.settings import Settings
+
+LOST = (13, 37, 211)
 
 
 class Slow(ToyEncoder):
@@ -24,7 +27,7 @@ class Slow(ToyEncoder):
 
     def encode(self, pixels: Tensor) -> Tensor:
         time.sleep(self.batch_s)
-        self.broken |= bool((pixels == 1).all())
+        self.broken |= bool(((255 * pixels - torch.tensor(LOST).view(3, 1, 1)).abs() < 0.5).flatten(1).all(1).any())
         if self.broken:
             raise RuntimeError("device lost")
         return super().encode(pixels)
