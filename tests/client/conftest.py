@@ -52,6 +52,7 @@ def serving(pools: Path, **changes: Any) -> Iterator[str]:
     config = uvicorn.Config(
         create_app(settings, load(settings, ToyClip())),
         port=0,
+        loop="asyncio",
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=1,

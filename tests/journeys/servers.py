@@ -116,7 +116,10 @@ def running_here(pools: Path, batch_s: float = 0.0, **changes: Any) -> Iterator[
     settings = toy_settings(pools, **changes)
     app = create_app(settings, load(settings, Slow(batch_s)))
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
+    # Not uvloop: beside asyncio's loops in one process it may never learn that a decoding process has ended.
+    server = uvicorn.Server(
+        uvicorn.Config(app, loop="asyncio", log_config=None, access_log=False, timeout_graceful_shutdown=1)
+    )
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     host, port = listener.getsockname()
