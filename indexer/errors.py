@@ -9,6 +9,14 @@
     ├── UnknownCollection  no published collection of that name
     ├── UnknownVersion     the collection has no such version
     ├── UnknownExemplar    the snapshot has no such id
+    ├── CatalogError       the catalogue cannot be opened, read or written
+    ├── EditError          a change of a collection that is not made; nothing of it is
+    │   ├── ExemplarExists an exemplar of that id is there already
+    │   └── EditRefused    it makes no sense in the present state
+    ├── UnknownReview      the queue has no such item
+    ├── ReviewTaken        somebody else has claimed or decided it
+    ├── UnknownJob         there is no such job, or it is another caller's
+    ├── PoolFileError      a pool file is damaged
     ├── SourceError        a folder, manifest or archive cannot be used at all
     │   └── ManifestError  one line of a CSV manifest is wrong
     └── BuildError         a build cannot start, go on or end
@@ -82,6 +90,66 @@ class UnknownExemplar(IndexerError):
     def __init__(self, id: str, snapshot: str) -> None:
         self.id, self.snapshot = id, snapshot
         super().__init__(f"no exemplar {id!r} in {snapshot}")
+
+
+class CatalogError(IndexerError):
+    """The catalogue cannot be opened, read or written; `where` is its address without secrets."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        self.where, self.reason = where, reason
+        super().__init__(f"catalogue {where}: {reason}")
+
+
+class EditError(IndexerError):
+    """A change of a collection that is not made; nothing of it is."""
+
+
+class ExemplarExists(EditError):
+    """An exemplar of that id is there already."""
+
+    def __init__(self, id: str, collection: str) -> None:
+        self.id, self.collection = id, collection
+        super().__init__(f"{collection!r} has an exemplar {id!r} already")
+
+
+class EditRefused(EditError):
+    """A change that makes no sense in the present state of the collection."""
+
+    def __init__(self, collection: str, reason: str) -> None:
+        self.collection, self.reason = collection, reason
+        super().__init__(f"{collection!r}: {reason}")
+
+
+class UnknownReview(IndexerError):
+    """The review queue has no such item."""
+
+    def __init__(self, id: str) -> None:
+        self.id = id
+        super().__init__(f"no review {id!r}")
+
+
+class ReviewTaken(IndexerError):
+    """An item of the review queue that somebody else has claimed, or that is decided already."""
+
+    def __init__(self, id: str, reason: str) -> None:
+        self.id, self.reason = id, reason
+        super().__init__(f"review {id!r}: {reason}")
+
+
+class UnknownJob(IndexerError):
+    """There is no such job, or it is another caller's."""
+
+    def __init__(self, id: str) -> None:
+        self.id = id
+        super().__init__(f"no job {id!r}")
+
+
+class PoolFileError(IndexerError):
+    """A pool file is damaged, or no pool file."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(f"{path}: {reason}")
 
 
 class SourceError(IndexerError):

@@ -4,7 +4,9 @@ Owns the way from row positions to Neighbors, and writing and loading. Knows not
 """
 
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 from uuid import uuid4
 
 import numpy as np
@@ -14,20 +16,30 @@ from indexer.backends.flat import FlatIndex
 from indexer.contents import POOL_LABELS, Contents, Exemplar, Kind
 from indexer.durable import sync_folder, write_file
 from indexer.errors import InvalidLabel, UnknownExemplar
+from indexer.index import VectorIndex
 from indexer.manifest import MANIFEST, Manifest, describe, read_contents, read_manifest
 from perception.errors import FingerprintMismatch
 from perception.gallery import Gallery
 from perception.verdict import Neighbor
 
-__all__ = ["Exemplar", "Snapshot", "load_snapshot", "write_snapshot"]
+__all__ = ["Exemplar", "MakeIndex", "Snapshot", "load_snapshot", "write_snapshot"]
 
+MakeIndex = Callable[[NDArray[np.float32]], VectorIndex]  # from (n, d) unit embeddings
 PARTIAL_SUFFIX = ".partial"  # of a version folder that is being written; whoever holds the store's lock may delete it
+
+
+@runtime_checkable
+class KeepsEmbeddings(Protocol):
+    """An index that can give back what it was made of, so that nobody else has to keep it."""
+
+    def embeddings_at(self, rows: Sequence[int]) -> NDArray[np.float32]:
+        """A copy of the embeddings at some row positions, exactly as they were given: (len(rows), d) float32."""
 
 
 class Snapshot:
     """An immutable, searchable version of a collection; safe to share between threads."""
 
-    def __init__(self, contents: Contents, manifest: Manifest) -> None:
+    def __init__(self, contents: Contents, manifest: Manifest, index: MakeIndex = FlatIndex) -> None:
         """Index contents that fit the manifest, as `load_snapshot` and `Snapshot.of` make sure."""
         self._manifest = manifest
         self._exemplars = contents.exemplars
@@ -37,12 +49,19 @@ class Snapshot:
         for label, count in contents.counts.items():  # labels are contiguous and in this order
             self._rows[label] = range(start, start + count)
             start += count
-        self._index = FlatIndex(contents.embeddings)
+        self._index = index(contents.embeddings)
+        # A second copy of the embeddings only where the index has none: there may be gigabytes of them.
+        self._embeddings = None if isinstance(self._index, KeepsEmbeddings) else contents.embeddings
 
     @classmethod
-    def of(cls, contents: Contents) -> "Snapshot":
+    def of(cls, contents: Contents, index: MakeIndex = FlatIndex) -> "Snapshot":
         """A snapshot in memory alone, of the version that it would have on disk."""
-        return cls(contents, describe(contents)[0])
+        return cls(contents, describe(contents)[0], index)
+
+    @property
+    def artefact(self) -> str:
+        """How errors name it."""
+        return self._manifest.artefact
 
     @property
     def version(self) -> str:
@@ -98,10 +117,40 @@ class Snapshot:
         Raises:
             UnknownExemplar: there is none of that id.
         """
-        try:
-            return self._exemplars[self._row_of[id]]
-        except KeyError:
-            raise UnknownExemplar(id, self._manifest.artefact) from None
+        return self._exemplars[self._row(id)]
+
+    def embedding(self, id: str) -> NDArray[np.float32]:
+        """A copy of the embedding of one exemplar: (d,). Errors are those of `exemplar`."""
+        embedding: NDArray[np.float32] = self.embeddings([self._row(id)])[0]
+        return embedding
+
+    def find(self, id: str) -> tuple[Exemplar, NDArray[np.float32]] | None:
+        """An exemplar and a copy of its embedding (d,); None where there is none of that id."""
+        row = self.row_of(id)
+        return None if row is None else (self._exemplars[row], self.embeddings([row])[0])
+
+    def row_of(self, id: str) -> int | None:
+        """The position in `exemplars` of an id; None where there is none of it."""
+        return self._row_of.get(id)
+
+    def rows(self, label: str | None = None) -> range:
+        """The positions in `exemplars` of a label, which are contiguous; all positions where None.
+
+        Raises:
+            InvalidLabel: the moderation collection is asked for another label than the three pools.
+        """
+        if label is None:
+            return range(len(self))
+        if self.kind == "pools" and label not in POOL_LABELS:
+            raise InvalidLabel(label, POOL_LABELS, f"search in {self.artefact}")
+        return self._rows.get(label, range(0))
+
+    def embeddings(self, rows: Sequence[int]) -> NDArray[np.float32]:
+        """A copy of the embeddings at some positions of `exemplars`: (len(rows), d)."""
+        if isinstance(self._index, KeepsEmbeddings):
+            return self._index.embeddings_at(rows)
+        assert self._embeddings is not None  # kept for such an index
+        return self._embeddings[np.asarray(rows, np.int64)]
 
     def search(self, queries: NDArray[np.float32], k: int, *, label: str | None = None) -> list[list[Neighbor]]:
         """The k nearest exemplars, of all or of one label.
@@ -118,10 +167,13 @@ class Snapshot:
             ValueError: see `VectorIndex.search`.
             InvalidLabel: the moderation collection is asked for another label than the three pools.
         """
-        rows = None if label is None else self._rows.get(label, range(0))
-        if self.kind == "pools" and label is not None and label not in POOL_LABELS:
-            raise InvalidLabel(label, POOL_LABELS, f"search in {self._manifest.artefact}")
-        return [[self._neighbor(*hit) for hit in hits] for hits in self._index.search(queries, k, rows)]
+        return [[self._neighbor(*hit) for hit in hits] for hits in self.search_rows(queries, k, label=label)]
+
+    def search_rows(
+        self, queries: NDArray[np.float32], k: int, *, label: str | None = None
+    ) -> list[list[tuple[int, float]]]:
+        """As `search`, with positions in `exemplars` and similarities in place of neighbours."""
+        return self._index.search(queries, k, None if label is None else self.rows(label))
 
     def search_each(self, queries: NDArray[np.float32], k: int) -> list[list[Neighbor]]:
         """The k nearest exemplars of each pool, which is what `DecisionPolicy.decide` has to see.
@@ -144,12 +196,18 @@ class Snapshot:
             manifest.encoder_name,
             manifest.encoder_fingerprint,
             self._exemplars,
-            self._index.copy_embeddings(),
+            self.embeddings(range(len(self))),
         )
 
     def to_gallery(self) -> Gallery:
         """The same as a perception Gallery, for offline work."""
         return self.contents().to_gallery()
+
+    def _row(self, id: str) -> int:
+        try:
+            return self._row_of[id]
+        except KeyError:
+            raise UnknownExemplar(id, self.artefact) from None
 
     def _neighbor(self, row: int, similarity: float) -> Neighbor:
         exemplar = self._exemplars[row]
@@ -190,12 +248,13 @@ def write_snapshot(contents: Contents, folder: Path, created_at: str | None = No
     return target
 
 
-def load_snapshot(folder: Path, encoder_fingerprint: str | None) -> Snapshot:
+def load_snapshot(folder: Path, encoder_fingerprint: str | None, index: MakeIndex = FlatIndex) -> Snapshot:
     """Load a snapshot, after checking everything in it.
 
     Args:
         folder: `.../<version>/`.
         encoder_fingerprint: of the encoder that makes the queries; None to load without queries in mind.
+        index: makes what is searched.
 
     Raises:
         FingerprintMismatch: another encoder made it; names both.
@@ -204,4 +263,4 @@ def load_snapshot(folder: Path, encoder_fingerprint: str | None) -> Snapshot:
     manifest = read_manifest(folder)
     if encoder_fingerprint is not None and encoder_fingerprint != manifest.encoder_fingerprint:
         raise FingerprintMismatch(manifest.artefact, encoder_fingerprint, manifest.encoder_fingerprint)
-    return Snapshot(read_contents(folder, manifest), manifest)
+    return Snapshot(read_contents(folder, manifest), manifest, index)

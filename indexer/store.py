@@ -13,6 +13,8 @@ alone says what is served. Readers take no lock.
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,11 +22,12 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from indexer.backends.flat import FlatIndex
 from indexer.contents import Contents, Kind, collection_kind
 from indexer.durable import exclusive, make_folder, replace_file
 from indexer.errors import InvalidName, SnapshotError, UnknownCollection, UnknownVersion
 from indexer.manifest import Manifest, read_contents, read_manifest
-from indexer.snapshot import PARTIAL_SUFFIX, Snapshot, load_snapshot, write_snapshot
+from indexer.snapshot import PARTIAL_SUFFIX, MakeIndex, Snapshot, load_snapshot, write_snapshot
 
 _VERSION = re.compile(r"[0-9a-f]{16}")
 
@@ -86,13 +89,21 @@ class SnapshotStore:
             contents = snapshot
         if contents.collection != self.collection:
             raise InvalidName(contents.collection, f"this is the store of {self.collection!r}")
-        make_folder(self._versions)
-        with exclusive(self._folder / ".lock", wait=True):
-            for abandoned in self._versions.glob(f".*{PARTIAL_SUFFIX}"):
-                shutil.rmtree(abandoned)
+        with self._writing():
             version = write_snapshot(contents, self._versions, created_at).name
             self._switch("publish", version)
         return version
+
+    def stage(self, contents: Contents) -> str:
+        """Write contents as a version without making it current; errors are those of `publish`.
+
+        Returns:
+            The version, which is durable and of no effect until something refers to it.
+        """
+        if contents.collection != self.collection:
+            raise InvalidName(contents.collection, f"this is the store of {self.collection!r}")
+        with self._writing():
+            return write_snapshot(contents, self._versions).name
 
     def rollback(self, to: str | None = None) -> str:
         """Make an earlier version current again.
@@ -167,8 +178,10 @@ class SnapshotStore:
         """The manifest of a version, the current one where None. Errors are those of `load`."""
         return read_manifest(self._folder_of(version or self.current_version()))
 
-    def load(self, encoder_fingerprint: str | None, version: str | None = None) -> Snapshot:
-        """Load a version, the current one where None.
+    def load(
+        self, encoder_fingerprint: str | None, version: str | None = None, index: MakeIndex = FlatIndex
+    ) -> Snapshot:
+        """Load a version, the current one where None; `index` makes what is searched.
 
         Raises:
             UnknownCollection, UnknownVersion: there is none.
@@ -176,7 +189,7 @@ class SnapshotStore:
             SnapshotError: it is damaged.
         """
         folder = self._folder_of(version or self.current_version())
-        snapshot = load_snapshot(folder, encoder_fingerprint)
+        snapshot = load_snapshot(folder, encoder_fingerprint, index)
         if snapshot.collection != self.collection:
             raise SnapshotError(folder, f"is a snapshot of {snapshot.collection!r}, not of {self.collection!r}")
         return snapshot
@@ -207,6 +220,15 @@ class SnapshotStore:
         for present in versions:
             problems += self._problems(self._versions / present)
         return tuple(problems)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Hold the lock, with folders made and what a killed writer has left swept away."""
+        make_folder(self._versions)
+        with exclusive(self._folder / ".lock", wait=True):
+            for abandoned in self._versions.glob(f".*{PARTIAL_SUFFIX}"):
+                shutil.rmtree(abandoned)
+            yield
 
     def _problems(self, folder: Path) -> tuple[str, ...]:
         try:

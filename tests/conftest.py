@@ -10,6 +10,8 @@ from typing import Any
 import hypothesis
 import pytest
 
+pytest_plugins = ["tests.postgres_server"]
+
 # No deadline: the first example of a property may pay for an import.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("repeatable")

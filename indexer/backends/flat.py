@@ -5,6 +5,8 @@ decides a verdict. So the candidates are ranked again in float64, and the search
 proves that no other row can belong to the answer.
 """
 
+from collections.abc import Sequence
+
 import faiss
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +15,7 @@ from indexer.index import check_search, unit_rows
 
 _SPARE = 8  # candidates beyond k, mostly enough to prove the answer in one search
 _WIDEN = 8  # factor by which an unproven search is widened
+_RANK_DIRECTLY = 256  # rows; of more, float32 first finds those that matter: float64 takes several times as long
 _CHUNK_ROWS = 4096  # bounds the float64 copies of a wide search
 # FAISS multiplies matrices by BLAS from this many query entries (queries x d) on. Its own default, 128,000, is 6 times
 # slower for 16 queries against 100,000 x 512. The setting is FAISS's and process-wide; no answer depends on it.
@@ -60,9 +63,9 @@ class FlatIndex:
     def __len__(self) -> int:
         return len(self._vectors)
 
-    def copy_embeddings(self) -> NDArray[np.float32]:
-        """A copy of the embeddings: (n, d) float32."""
-        return self._vectors.copy()
+    def embeddings_at(self, rows: Sequence[int]) -> NDArray[np.float32]:
+        """A copy of the embeddings at some row positions: (len(rows), d) float32."""
+        return self._vectors[np.asarray(rows, np.int64)]
 
     def search(self, queries: NDArray[np.float32], k: int, rows: range | None = None) -> list[list[tuple[int, float]]]:
         """See `VectorIndex.search`."""
@@ -71,7 +74,7 @@ class FlatIndex:
             return [[] for _ in queries]
         approximate, positions = self._candidates(queries, k + _SPARE, rows)
         return [
-            self._rank(query, k, rows, found, at)
+            self._certain(query, k, rows, found, at)
             for query, found, at in zip(queries, approximate, positions, strict=True)
         ]
 
@@ -86,7 +89,35 @@ class FlatIndex:
         parameters.sel = selector
         return self._index.search(np.ascontiguousarray(queries), min(n, len(rows)), params=parameters)
 
-    def _rank(
+    def rank(self, query: NDArray[np.float32], k: int, positions: NDArray[np.int64]) -> list[tuple[int, float]]:
+        """The first k of some rows, by cosine similarity in float64, ties by lower position.
+
+        Backends that find candidates in another way rank them here, so that all give the same similarities.
+
+        Args:
+            query: (d,) of unit L2 norm, which is not checked.
+            k: how many; fewer come back where there are fewer.
+            positions: (m,) different rows, in any order.
+        """
+        if len(positions) > max(k, _RANK_DIRECTLY):
+            positions = self._narrowed(query, k, positions)
+        similarities = self._similarities(query, positions)
+        best = np.lexsort((positions, -similarities))[:k]
+        return [(int(positions[i]), float(similarities[i])) for i in best]
+
+    def _narrowed(self, query: NDArray[np.float32], k: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those of many rows that float64 can still put among the first k."""
+        query, positions = np.ascontiguousarray(query), np.ascontiguousarray(positions)
+        found = np.empty(len(positions), np.float32)
+        self._index.compute_distance_subset(  # type: ignore[attr-defined]  # missing in FAISS's type information
+            1, faiss.swig_ptr(query), len(positions), faiss.swig_ptr(found), faiss.swig_ptr(positions)
+        )
+        # The k-th similarity is at least this. It is clipped, as all are in the end: beyond 1 and -1 rows tie.
+        kth = min(float(np.partition(found, len(found) - k)[len(found) - k]) - self._slack, 1.0)
+        near: NDArray[np.bool_] = found >= kth - self._slack
+        return positions if kth <= -1.0 else positions[near]
+
+    def _certain(
         self,
         query: NDArray[np.float32],
         k: int,
@@ -96,11 +127,10 @@ class FlatIndex:
     ) -> list[tuple[int, float]]:
         """Order the candidates of one query (d,), and look at more of them until the first k are certain."""
         while True:
-            similarities = self._similarities(query, positions)
-            best = np.lexsort((positions, -similarities))[:k]
+            best = self.rank(query, k, positions)
             upper_bound_of_others = max(float(approximate[-1]) + self._slack, -1.0)
-            if len(positions) == len(rows) or upper_bound_of_others < similarities[best[-1]]:
-                return [(int(positions[i]), float(similarities[i])) for i in best]
+            if len(positions) == len(rows) or upper_bound_of_others < best[-1][1]:
+                return best
             wider = self._candidates(query[np.newaxis], _WIDEN * len(positions), rows)
             approximate, positions = wider[0][0], wider[1][0]
 

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from indexer.backends.flat import FlatIndex
+from indexer.backends.scalar_quantized import ScalarQuantizedIndex
 from indexer.index import VectorIndex
 
 Embeddings = NDArray[np.float32]
 Backend = Callable[[Embeddings], VectorIndex]
 
-BACKENDS = [FlatIndex]  # a new backend joins here
+BACKENDS = [FlatIndex, ScalarQuantizedIndex]  # a new backend joins here
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 

@@ -18,13 +18,19 @@ from typing import Any
 import pytest
 import yaml
 from pydantic import BaseModel
+from sqlalchemy import make_url
 
 from service.keys import exposed_without_keys
 from service.settings import Settings, read_settings
 from service.tracing import flush_tracing
 
 ROOT = Path(__file__).parents[2]
-COMPOSE_FILES = ("docker-compose.yml", "docker/compose.gpu.yml", "docker/compose.keys.yml")
+COMPOSE_FILES = (
+    "docker-compose.yml",
+    "docker/compose.gpu.yml",
+    "docker/compose.keys.yml",
+    "docker/compose.postgres.yml",
+)
 PREFIX = "HARDLOOK_"
 
 
@@ -230,9 +236,23 @@ def test_the_end_of_a_request_is_waited_for() -> None:
     assert int(service()["stop_grace_period"].removesuffix("s")) > needed_s
 
 
+def test_the_overlay_names_the_database_of_the_profile() -> None:
+    """Its host, its user, its database, and the secret that has its password."""
+    overlay = compose("docker/compose.postgres.yml")["services"]["hardlook"]
+    database = compose()["services"]["postgres"]
+    environment = overlay["environment"]
+    url = make_url(environment["HARDLOOK_CATALOG"])
+    assert (url.host, url.password) == ("postgres", None)
+    assert url.username == database["environment"]["POSTGRES_USER"]
+    assert url.database == database["environment"]["POSTGRES_DB"]
+    assert environment["HARDLOOK_CATALOG_PASSWORD_FILE"] == database["environment"]["POSTGRES_PASSWORD_FILE"]
+    assert set(database["networks"]) <= set(overlay["networks"])
+    assert overlay["depends_on"]["postgres"]["condition"] == "service_healthy"
+
+
 def test_the_image_can_trace() -> None:
     installs = [args for name, args in instructions() if name == "RUN" and "pip install" in args]
-    assert '".[service,otel]"' in installs[-1]
+    assert '".[service,otel,postgres]"' in installs[-1]
 
 
 def test_build_command_in_the_comment_is_understood() -> None:

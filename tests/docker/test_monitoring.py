@@ -37,6 +37,11 @@ def all_metrics() -> Metrics:
     metrics.watch_queue("encoder", lambda: 1, 2)
     metrics.watch_snapshots(lambda: [("pools", "v", datetime.now(UTC), {"safe": 1})])
     metrics.watch_state(lambda: "ready")
+    metrics.recorded("recorded", 1)
+    metrics.shadowed("version 4b1f0c9d2e8a7356", "safe->unsafe")
+    metrics.webhook("receiver", "delivered")
+    metrics.quarantined()
+    metrics.watch_catalog(lambda: 1, {"changes": lambda: 0})
     metrics.build_info("1", "m", "f", "fp32", "p")
     return metrics
 

@@ -1,6 +1,6 @@
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from indexer.backends.flat import FlatIndex
 from indexer.contents import Contents, Exemplar
 from indexer.errors import IndexerError, InvalidLabel, SnapshotError, UnknownExemplar
 from indexer.snapshot import Snapshot, load_snapshot, write_snapshot
@@ -66,6 +67,45 @@ def test_search_each_gives_every_pool_its_turn(make_contents: Make, unit: Unit) 
         assert [n.pool for n in neighbors] == ["safe"] * 3 + ["buffer"] * 3 + ["unsafe"] * 3
     gallery = Snapshot.of(make_contents("shop"))
     assert gallery.search_each(queries, 3) == gallery.search(queries, 3)
+
+
+def test_rows_lead_to_exemplars_and_embeddings(make_contents: Make, unit: Unit) -> None:
+    contents, query = make_contents(), unit(96, 1)
+    snapshot = Snapshot.of(contents)
+    for row, exemplar in enumerate(contents.exemplars):
+        assert (snapshot.row_of(exemplar.id), row in snapshot.rows(exemplar.label)) == (row, True)
+        found = snapshot.find(exemplar.id)
+        assert found is not None
+        assert found[0] == exemplar
+        for embedding in (found[1], snapshot.embedding(exemplar.id)):
+            assert np.array_equal(embedding, contents.embeddings[row])
+            embedding[:] = 0  # a copy, as the next look shows
+    assert (len(snapshot.rows()), snapshot.row_of("nobody"), snapshot.find("nobody")) == (30, None, None)
+    assert np.array_equal(snapshot.embeddings([7, 3, 7]), contents.embeddings[[7, 3, 7]])
+    assert snapshot.embeddings([]).shape == (0, 12)
+    [hits], [neighbors] = snapshot.search_rows(query, 5, label="safe"), snapshot.search(query, 5, label="safe")
+    assert [(snapshot.exemplars[row].id, similarity) for row, similarity in hits] == [
+        (neighbor.id, neighbor.similarity) for neighbor in neighbors
+    ]
+    with pytest.raises(UnknownExemplar):
+        snapshot.embedding("nobody")
+
+
+def test_the_caller_chooses_the_index(make_contents: Make, tmp_path: Path, fingerprint: str, unit: Unit) -> None:
+    class Keeping(FlatIndex):
+        def embeddings_at(self, rows: Sequence[int]) -> NDArray[np.float32]:
+            asked.append(len(rows))
+            return super().embeddings_at(rows)
+
+    asked: list[int] = []
+    contents, queries = make_contents(), unit(95, 3)
+    plain, folder = Snapshot.of(contents), write_snapshot(contents, tmp_path)
+    for snapshot in (Snapshot.of(contents, Keeping), load_snapshot(folder, fingerprint, Keeping)):
+        assert snapshot.version == plain.version
+        assert snapshot.search_each(queries, 4) == plain.search_each(queries, 4)
+        assert np.array_equal(snapshot.embedding("x007"), plain.embedding("x007"))
+        assert np.array_equal(snapshot.contents().embeddings, contents.embeddings)
+    assert asked == [1, 30] * 2
 
 
 def test_search_each_is_enough_to_decide(make_contents: Make, unit: Unit) -> None:
