@@ -13,6 +13,7 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from indexer import catalog_cli, curation_cli
 from indexer.contents import Exemplar, Kind, collection_kind
 from indexer.errors import BuildError, IndexerError
 from indexer.sources import FolderSource, ManifestSource, Source, TarSource
@@ -52,6 +53,8 @@ def _app() -> App:
     app.command(_export, name="export")
     app.command(_stats, name="stats")
     app.command(_list, name="list")
+    catalog_cli.mount(app)
+    curation_cli.mount(app)
     return app
 
 
@@ -67,6 +70,7 @@ def _build(
     device: str = "cpu",
     batch_size: Annotated[int, Parameter(help="Images encoded at once; at least 1.")] = 32,
     work_dir: Path | None = None,
+    stage: Annotated[bool, Parameter(help="Write the version without publishing it.", negative=())] = False,
 ) -> None:
     """Encode images and publish them as the collection's new version.
 
@@ -95,9 +99,10 @@ def _build(
             bar.update(task, completed=done, skipped=skipped)
 
         report = build(model, source, collection=collection, work_dir=work_dir, batch_size=batch_size, progress=show)
-    version = SnapshotStore(root, collection).publish(report.contents)
+    store = SnapshotStore(root, collection)
+    version = store.stage(report.contents) if stage else store.publish(report.contents)
     WorkDir(work_dir).discard_parts()
-    print(f"published {collection} {version}: {_counts(report.contents.counts)}")
+    print(f"{'staged' if stage else 'published'} {collection} {version}: {_counts(report.contents.counts)}")
     if report.skipped:
         print(f"skipped {sum(report.skipped.values())} of {report.n_entries}: {_counts(report.skipped)}")
         print(f"report: {report.report_path}")
