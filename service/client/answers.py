@@ -6,13 +6,14 @@ from typing import TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 
-from service.client.calls import Call
+from service.client.calls import Call, Saved
 from service.client.errors import AnswerNotUnderstood, problem_error
 from service.client.retries import retry_after_s
 from service.wire import ClassifyAnswer, Problem, SimilarAnswer
 
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
 ModelT = TypeVar("ModelT", bound=BaseModel)
+PROBLEM = "application/problem+json"
 _SHOWN_CHARS = 80
 
 
@@ -25,12 +26,14 @@ class Reply:
         headers: by lower-case name.
         body: None where it has more bytes than the client reads.
         received_s: when it came, in seconds since the epoch.
+        saved: where the body is, which then is not in `body`.
     """
 
     status: int
     headers: Mapping[str, str] = field(repr=False)
     body: bytes | None = field(repr=False)
     received_s: float = 0.0
+    saved: Saved | None = None
 
 
 def read_reply(call: Call[AnswerT], reply: Reply) -> AnswerT:
@@ -40,14 +43,16 @@ def read_reply(call: Call[AnswerT], reply: Reply) -> AnswerT:
         ProblemError: the service answered with a problem.
         AnswerNotUnderstood: no answer of this service.
     """
-    if reply.status == 200:
-        return _named(call, _parsed(reply, "application/json", call.answer))
+    if reply.status == call.status:
+        if reply.saved is not None:
+            return cast(AnswerT, reply.saved)
+        return _named(call, _parsed(reply, call.media_type, call.answer))
     if reply.status >= 400:
-        problem = _parsed(reply, "application/problem+json", Problem)
+        problem = _parsed(reply, PROBLEM, Problem)
         raise problem_error(problem, reply.status, reply_retry_after_s(reply))
     if 300 <= reply.status < 400:
         raise AnswerNotUnderstood(reply.status, "redirects are not followed: the base URL must be the last one")
-    raise AnswerNotUnderstood(reply.status, "the service has no such status")
+    raise AnswerNotUnderstood(reply.status, "this is not answered with that status")
 
 
 def reply_retry_after_s(reply: Reply) -> float | None:

@@ -17,6 +17,7 @@ from service.client.errors import (
     RateLimited,
     Unauthenticated,
     Unavailable,
+    one_line,
 )
 from service.client.images import LoadedImage, load_image
 from service.client.records import Record, error_record
@@ -24,7 +25,15 @@ from service.client.sources import Found
 
 T = TypeVar("T")
 # All other images would get the same answer: it is about the key, or about the command line.
-_FATAL_TYPES = ("invalid-parameter", "unknown-gallery", "not-found", "method-not-allowed", "too-many-images")
+_FATAL_TYPES = (
+    "invalid-parameter",
+    "unknown-gallery",
+    "not-found",
+    "method-not-allowed",
+    "too-many-images",
+    "invalid-label",
+    "editing-disabled",
+)
 _FATAL = (Unauthenticated, Forbidden)
 _NOT_THERE = (ConnectionFailed, AnswerNotUnderstood, Unavailable, RateLimited)
 GIVE_UP_AFTER = 20
@@ -53,7 +62,7 @@ class Tally:
         if record["status"] == "error":
             self.errors += 1
             return
-        kind = record.get("verdict", "answered")
+        kind = record.get("verdict") or record.get("outcome", "answered")
         self.answers[kind] = self.answers.get(kind, 0) + 1
         self.flagged += kind in flagged_verdicts
 
@@ -121,6 +130,8 @@ class Bulk:
                 raise BrokenOff(str(error)) from error
             records = [error_record(image.id, error) for image in images]
             failures.add(error)
+        except ValueError as error:  # about the command line
+            raise BrokenOff(one_line(error)) from error
         else:
             failures.clear()
         for record in records:
@@ -149,7 +160,7 @@ class _Streak:
 
 
 def _is_fatal_type(error: HardlookError) -> bool:
-    return isinstance(error, ProblemError) and error.type.rpartition(":")[2] in _FATAL_TYPES
+    return isinstance(error, ProblemError) and error.slug in _FATAL_TYPES
 
 
 def _loaded(found: Found, max_bytes: int) -> LoadedImage | ImageUnreadable:

@@ -1,9 +1,13 @@
 """What is sent: one call for each thing that the service is asked, built without sending anything."""
 
 import base64
+import errno
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, TypeVar
+from urllib.parse import quote
 
 from pydantic import BaseModel
 
@@ -20,7 +24,7 @@ from service.wire import (
 )
 
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
-_RAW, _JSON = "application/octet-stream", "application/json"
+RAW, JSON = "application/octet-stream", "application/json"
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,11 @@ class Call(Generic[AnswerT]):
         content: the body, with `content_type`; None where there are `files` or no body.
         files: of a multipart body, by position.
         ids: what the results are called, in order; None where the answer has no results.
+        status: of a right answer.
+        media_type: of a right answer.
+        to: where a right answer is written, with `answer` `Saved`; None where it is JSON.
+        repeatable: whether doing it twice comes to the same as doing it once. Otherwise it is not sent again where an
+            attempt without an answer may have been heard.
     """
 
     method: str
@@ -45,6 +54,66 @@ class Call(Generic[AnswerT]):
     content_type: str | None = None
     files: Sequence[tuple[str, tuple[str, bytes, str]]] | None = field(default=None, repr=False)
     ids: tuple[str, ...] | None = None
+    status: int = 200
+    media_type: str = JSON
+    to: Path | None = None
+    repeatable: bool = True
+
+
+class Saved(BaseModel):
+    """A file that the service sent."""
+
+    path: Path
+    size_bytes: int
+
+
+def path_of(*segments: str) -> str:
+    """A path below the base URL; segments may hold anything, slashes too.
+
+    Raises:
+        ValueError: a segment is empty or cannot be encoded.
+    """
+    if not all(segments):
+        raise ValueError("a name or id is empty")
+    return "".join(f"/{_quoted(segment)}" for segment in segments)
+
+
+def _quoted(segment: str) -> str:
+    # Alone they would be steps through the path, and be gone before anything is sent.
+    return segment.replace(".", "%2E") if segment in (".", "..") else quote(segment, safe="")
+
+
+def json_call(
+    method: str,
+    path: str,
+    answer: type[AnswerT],
+    body: BaseModel,
+    *,
+    params: Mapping[str, Any] | None = None,
+    status: int = 200,
+    repeatable: bool = True,
+) -> Call[AnswerT]:
+    """A call with a body of JSON; what is None or default in it is left out."""
+    content = body.model_dump_json(exclude_defaults=True, exclude_none=True).encode()
+    return Call(
+        method, path, answer, params or {}, content=content, content_type=JSON, status=status, repeatable=repeatable
+    )
+
+
+def file_call(path: str, to: Path, media_type: str, params: Mapping[str, Any]) -> Call[Saved]:
+    """A call whose answer becomes a new file.
+
+    Raises:
+        FileExistsError: there is one.
+    """
+    if os.path.lexists(to):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(to))
+    return Call("GET", path, Saved, params, media_type=media_type, to=to)
+
+
+def given(**params: Any) -> dict[str, Any]:
+    """Parameters of a query string, less those that are None."""
+    return {name: value for name, value in params.items() if value is not None}
 
 
 def classify_call(images: Sequence[LoadedImage], k: int | None) -> Call[ClassifyAnswer]:
@@ -80,7 +149,7 @@ def similar_call(
     if images is not None:
         return _with_images("/similar", SimilarAnswer, images, params)
     body = SimilarBody(text=text).model_dump_json(exclude_none=True).encode()
-    return Call("POST", "/similar", SimilarAnswer, params, content=body, content_type=_JSON, ids=("0",))
+    return Call("POST", "/similar", SimilarAnswer, params, content=body, content_type=JSON, ids=("0",))
 
 
 def pools_call() -> Call[PoolsAnswer]:
@@ -103,16 +172,17 @@ def _with_images(
     if len(files) < len(contents):
         entries = [_json_image(str(position), content) for position, content in enumerate(contents)]
         body = b'{"images":[' + b",".join(entries) + b"]}"
-        return Call("POST", path, answer, params, content=body, content_type=_JSON, ids=ids)
+        return Call("POST", path, answer, params, content=body, content_type=JSON, ids=ids)
     if len(files) == 1:
-        return Call("POST", path, answer, params, content=files[0], content_type=_RAW, ids=ids)
-    parts = [("image", (str(position), data, _RAW)) for position, data in enumerate(files)]
+        return Call("POST", path, answer, params, content=files[0], content_type=RAW, ids=ids)
+    parts = [("image", (str(position), data, RAW)) for position, data in enumerate(files)]
     return Call("POST", path, answer, params, files=parts, ids=ids)
 
 
 def _json_image(id: str, content: bytes | Url) -> bytes:
-    if isinstance(content, Url):
-        image = ImageData(id=id, url=content.address)
-    else:
-        image = ImageData(id=id, data=base64.b64encode(content).decode())
-    return image.model_dump_json(exclude_none=True).encode()
+    return ImageData(id=id, **image_source(content)).model_dump_json(exclude_none=True).encode()
+
+
+def image_source(content: bytes | Url) -> dict[str, Any]:
+    """An image as the members `data` or `url` of a JSON body."""
+    return {"url": content.address} if isinstance(content, Url) else {"data": base64.b64encode(content).decode()}

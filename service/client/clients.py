@@ -9,16 +9,26 @@ import httpx
 from pydantic import BaseModel, SecretStr
 
 from service.client.answers import Reply
+from service.client.audit import Audit
 from service.client.calls import Call, classify_call, pools_call, ready_call, similar_call
-from service.client.connection import Body, Connection, failure, request_arguments
+from service.client.carriers import AwaitingCarrier, BlockingCarrier
+from service.client.collections import Collections
+from service.client.connection import Connection, failure, receiving, request_arguments
+from service.client.curation import Curation
 from service.client.errors import AnswerNotUnderstood, ConnectionFailed, HardlookError, Unavailable
-from service.client.exchange import Failure, RetryRules, Send, exchange
+from service.client.exchange import MAX_ATTEMPTS, Failure, RetryRules, Send, exchange
 from service.client.images import Images, load_images
+from service.client.jobs import Jobs
+from service.client.parts import Awaiting, Blocking
+from service.client.reviews import Reviews, feedback_call
+from service.client.versions import Shadow, Versions
 from service.wire import ClassifyAnswer, PoolsAnswer, SimilarAnswer
+from service.wire_reviews import FeedbackAnswer
 
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
 TransportT = TypeVar("TransportT")
 Pool = Literal["safe", "buffer", "unsafe"]
+Wrong = Literal["false-positive", "false-negative"]
 _MIB = 1024 * 1024
 MAX_IMAGE_BYTES = 64 * _MIB
 MAX_ANSWER_BYTES = 64 * _MIB
@@ -31,10 +41,12 @@ class _Client(Generic[TransportT]):
     Args:
         base_url: of the service, such as 'http://127.0.0.1:8000'; routes are looked for below its path.
         api_key: sent as `Authorization: Bearer`; in no repr, log line or exception.
-        timeout_s: for one call, with all its attempts and the pauses between them.
-        max_attempts: 1 to 999. Sent again after 429, 502, 503 and failed connections: asking twice changes nothing.
+        timeout_s: for one call, with all its attempts and the pauses between them; a file that is written to a disk
+            may take longer, as long as it keeps coming.
+        max_attempts: 1 to 999. Sent again after 429, 502, 503 and failed connections; what would come to something else
+            when done twice only where the service says, or cannot but mean, that it was not done.
         max_image_bytes: of one image; more is not sent.
-        max_answer_bytes: of one answer; more is not read.
+        max_answer_bytes: of one answer; more is not read. Files that are written to a disk have no bound.
         trust_env: use the proxies and certificates that HTTPS_PROXY, SSL_CERT_FILE and the like name. Off by default:
             images and keys go to the service that was named, and to nobody in between.
         ssl_context: for certificates of one's own.
@@ -60,6 +72,7 @@ class _Client(Generic[TransportT]):
         self.base_url = base_url
         secret = None if api_key is None else SecretStr(api_key)
         self._rules, self._once = RetryRules(timeout_s, max_attempts), RetryRules(timeout_s, max_attempts=1)
+        self._patient = RetryRules(timeout_s, MAX_ATTEMPTS)
         self._max_image_bytes, self._max_answer_bytes = max_image_bytes, max_answer_bytes
         self._open(transport=transport, **Connection(base_url, secret, trust_env, ssl_context).arguments())
 
@@ -83,12 +96,23 @@ class HardlookClient(_Client[httpx.BaseTransport]):
         with HardlookClient("http://127.0.0.1:8000") as client:
             verdict = client.classify(Path("photo.jpg")).results[0].verdict
 
+    Its parts `collections`, `versions`, `shadow`, `curation`, `reviews`, `jobs` and `audit` are described in their
+    modules. What they list is iterated over, and asked for as it is needed.
+
     The timeout is checked whenever a piece of an answer arrives, so that a server that trickles the head of its answer
     can exceed it; the asynchronous client has no such exception.
     """
 
     def _open(self, **arguments: Any) -> None:
         self._http = httpx.Client(**arguments)
+        carrier = BlockingCarrier(self._carry, self._max_image_bytes)
+        self.collections: Collections[Blocking] = Collections(carrier)
+        self.versions: Versions[Blocking] = Versions(carrier)
+        self.shadow: Shadow[Blocking] = Shadow(carrier)
+        self.reviews: Reviews[Blocking] = Reviews(carrier)
+        self.jobs: Jobs[Blocking] = Jobs(carrier)
+        self.audit: Audit[Blocking] = Audit(carrier)
+        self.curation: Curation[Blocking] = Curation(carrier)
 
     def __enter__(self) -> Self:
         return self
@@ -170,6 +194,33 @@ class HardlookClient(_Client[httpx.BaseTransport]):
             return False
         return True
 
+    def feedback(
+        self,
+        kind: Wrong,
+        *,
+        request_id: str | None = None,
+        sha256: str | None = None,
+        comment: str = "",
+    ) -> FeedbackAnswer:
+        """Report that a verdict was wrong; a person will look at it.
+
+        It is not sent again where it may have been heard: every report counts.
+
+        Args:
+            kind: what the verdict was: a 'false-positive' should have been `safe`, a 'false-negative' `unsafe`.
+            request_id: of the answer with the verdict.
+            sha256: of the image file, in hex; needed where the request had several images, or in place of its id.
+            comment: for the reviewer.
+
+        Raises:
+            ConnectionFailed, AnswerNotUnderstood, ProblemError: NotFound where the verdict is not kept any more.
+            ValueError: an argument that is not of these.
+        """
+        return self._ask(feedback_call(kind, request_id, sha256, comment))
+
+    def _carry(self, call: Call[AnswerT], patient: bool) -> AnswerT:
+        return self._ask(call, rules=self._patient if patient else None)
+
     def _ask(self, call: Call[AnswerT], request_id: str | None = None, *, rules: RetryRules | None = None) -> AnswerT:
         steps = exchange(call, rules or self._rules, request_id)
         outcome: Reply | Failure | None = None
@@ -186,9 +237,12 @@ class HardlookClient(_Client[httpx.BaseTransport]):
                 outcome = None
 
     def _send(self, call: Call[AnswerT], step: Send) -> Reply | Failure:
-        body = Body(self._max_answer_bytes, step.timeout_s)
+        until_s = time.monotonic() + step.timeout_s
         try:
-            with self._http.stream(**request_arguments(call, step)) as response:
+            with (
+                self._http.stream(**request_arguments(call, step)) as response,
+                receiving(call, response, self._max_answer_bytes, until_s) as body,
+            ):
                 for chunk in response.iter_raw():
                     if not body.add(chunk):
                         break
@@ -203,11 +257,19 @@ class AsyncHardlookClient(_Client[httpx.AsyncBaseTransport]):
     async with AsyncHardlookClient("http://127.0.0.1:8000") as client:
         answer = await client.classify(Path("photo.jpg"))
 
-    Files are read in threads.
+    Files are read and written in threads. The methods of its parts are awaited, or iterated over with `async for`.
     """
 
     def _open(self, **arguments: Any) -> None:
         self._http = httpx.AsyncClient(**arguments)
+        carrier = AwaitingCarrier(self._carry, self._max_image_bytes)
+        self.collections: Collections[Awaiting] = Collections(carrier)
+        self.versions: Versions[Awaiting] = Versions(carrier)
+        self.shadow: Shadow[Awaiting] = Shadow(carrier)
+        self.reviews: Reviews[Awaiting] = Reviews(carrier)
+        self.jobs: Jobs[Awaiting] = Jobs(carrier)
+        self.audit: Audit[Awaiting] = Audit(carrier)
+        self.curation: Curation[Awaiting] = Curation(carrier)
 
     async def __aenter__(self) -> Self:
         return self
@@ -253,6 +315,20 @@ class AsyncHardlookClient(_Client[httpx.AsyncBaseTransport]):
             return False
         return True
 
+    async def feedback(
+        self,
+        kind: Wrong,
+        *,
+        request_id: str | None = None,
+        sha256: str | None = None,
+        comment: str = "",
+    ) -> FeedbackAnswer:
+        """As `HardlookClient.feedback`."""
+        return await self._ask(feedback_call(kind, request_id, sha256, comment))
+
+    async def _carry(self, call: Call[AnswerT], patient: bool) -> AnswerT:
+        return await self._ask(call, rules=self._patient if patient else None)
+
     async def _ask(
         self, call: Call[AnswerT], request_id: str | None = None, *, rules: RetryRules | None = None
     ) -> AnswerT:
@@ -271,16 +347,19 @@ class AsyncHardlookClient(_Client[httpx.AsyncBaseTransport]):
                 outcome = None
 
     async def _send(self, call: Call[AnswerT], step: Send) -> Reply | Failure:
-        body = Body(self._max_answer_bytes, step.timeout_s)
+        until_s = time.monotonic() + step.timeout_s
         try:
-            async with (
-                asyncio.timeout(step.timeout_s),
-                self._http.stream(**request_arguments(call, step)) as response,
-            ):
-                async for chunk in response.aiter_raw():
-                    if not body.add(chunk):
-                        break
-                return body.reply(response)
+            async with asyncio.timeout(step.timeout_s) as timer:
+                async with self._http.stream(**request_arguments(call, step)) as response:
+                    with receiving(call, response, self._max_answer_bytes, until_s) as body:
+                        if call.to is not None and response.status_code == call.status:
+                            timer.reschedule(None)  # a file takes its time; that it keeps coming, httpx sees to
+                        async for chunk in response.aiter_raw():
+                            if not (body.add(chunk) if call.to is None else await asyncio.to_thread(body.add, chunk)):
+                                break
+                        return (
+                            body.reply(response) if call.to is None else await asyncio.to_thread(body.reply, response)
+                        )
         except httpx.TransportError as error:
             return failure(error)
         except TimeoutError:

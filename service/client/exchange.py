@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from service.client.answers import Reply, read_reply, reply_retry_after_s
 from service.client.calls import Call
 from service.client.errors import ConnectionFailed, HardlookError
-from service.client.retries import RETRIED_STATUSES, pause_s
+from service.client.retries import REFUSED_STATUSES, RETRIED_STATUSES, pause_s
 
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
 MAX_ATTEMPTS = 999
@@ -39,10 +39,17 @@ class Pause:
 
 @dataclass(frozen=True)
 class Failure:
-    """There was no reply; `retried` says whether there may be one to the next attempt."""
+    """There was no reply.
+
+    Attributes:
+        reason: why.
+        retried: whether there may be one to the next attempt.
+        sent: whether the service may have heard of it.
+    """
 
     reason: str
     retried: bool
+    sent: bool = True
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,9 @@ def exchange(
     clock: Callable[[], float] = time.monotonic,
     share: Callable[[], float] = random.random,
 ) -> Generator[Send | Pause, Reply | Failure | None, AnswerT]:
-    """What to do until there is an answer; nothing that is asked changes anything, so asking twice does no harm.
+    """What to do until there is an answer.
+
+    What may be done twice is sent again whenever that may help; other calls only where the service has not done it.
 
     Args:
         call: what to ask.
@@ -105,7 +114,7 @@ def exchange(
         try:
             return _answer(call, outcome, attempt)
         except HardlookError:
-            wait_s = _wait_s(outcome, attempt, share())
+            wait_s = _wait_s(call, outcome, attempt, share())
             if wait_s is None or attempt >= rules.max_attempts or clock() + wait_s >= until_s:
                 raise
         yield Pause(wait_s)
@@ -114,14 +123,15 @@ def exchange(
 
 def _answer(call: Call[AnswerT], outcome: Reply | Failure, attempt: int) -> AnswerT:
     if isinstance(outcome, Failure):
-        raise ConnectionFailed(outcome.reason, attempt)
+        raise ConnectionFailed(outcome.reason, attempt, in_doubt=outcome.sent and not call.repeatable)
     return read_reply(call, outcome)
 
 
-def _wait_s(outcome: Reply | Failure, attempt: int, share: float) -> float | None:
-    """How long to wait before the next attempt; None where it would come to the same."""
+def _wait_s(call: Call[AnswerT], outcome: Reply | Failure, attempt: int, share: float) -> float | None:
+    """How long to wait before the next attempt; None where it would come to the same, or be done twice."""
     if isinstance(outcome, Failure):
-        return pause_s(attempt, share, None) if outcome.retried else None
-    if outcome.status not in RETRIED_STATUSES:
+        again = outcome.retried and (call.repeatable or not outcome.sent)
+        return pause_s(attempt, share, None) if again else None
+    if outcome.status not in (RETRIED_STATUSES if call.repeatable else REFUSED_STATUSES):
         return None
     return pause_s(attempt, share, reply_retry_after_s(outcome))

@@ -6,7 +6,7 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 from service.client.errors import ImageUnreadable
 from service.wire import MAX_URL_CHARS
@@ -43,10 +43,12 @@ class LoadedImage:
     Attributes:
         id: the caller's, else the name of the file, else the position.
         content: the file's bytes, or where the service is to fetch them.
+        named: whether the id is the caller's.
     """
 
     id: str
     content: bytes | Url = field(repr=False)
+    named: bool = False
 
 
 def load_images(images: Images, max_image_bytes: int) -> list[LoadedImage]:
@@ -61,24 +63,32 @@ def load_images(images: Images, max_image_bytes: int) -> list[LoadedImage]:
         TypeError: something else than an image; a str above all, which could be a path, a URL or data.
         ValueError: an empty sequence.
     """
-    if isinstance(images, list) or (isinstance(images, tuple) and not _is_named(images)):
-        each: Sequence[Source | Named] = images
-    else:
-        each = [images]  # type: ignore[list-item]  # what it is, _load finds out
-    if not each:
+    each: Sequence[Source | Named] = each_of(images)
+    return [load_named(item, position, max_image_bytes) for position, item in enumerate(each)]
+
+
+def each_of(items: Any) -> Sequence[Any]:
+    """One thing or several as several; what each is remains to be found out.
+
+    Raises:
+        ValueError: an empty sequence.
+    """
+    several = isinstance(items, list) or (isinstance(items, tuple) and not _is_named(items))
+    if several and not items:
         raise ValueError("there are no images to send")
-    return [_load(item, position, max_image_bytes) for position, item in enumerate(each)]
+    return items if several else [items]
 
 
 def _is_named(item: object) -> bool:
     return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
 
 
-def _load(item: Source | Named, position: int, max_image_bytes: int) -> LoadedImage:
+def load_named(item: Source | Named, position: int, max_image_bytes: int) -> LoadedImage:
+    """Read one image of several; errors are those of `load_images`."""
     if isinstance(item, tuple):
         if not _is_named(item):
             raise TypeError("a named image is a pair (id, image) with a str as id")
-        return LoadedImage(item[0], load_image(item[1], max_image_bytes))
+        return LoadedImage(item[0], load_image(item[1], max_image_bytes), named=True)
     name = item.name if isinstance(item, Path) else str(position)
     return LoadedImage(name, load_image(item, max_image_bytes))
 
@@ -95,7 +105,7 @@ def load_image(source: Source, max_image_bytes: int) -> bytes | Url:
     if isinstance(source, bytes | bytearray | memoryview):
         data = bytes(source)
     elif isinstance(source, Path):
-        data = _read_file(source, max_image_bytes)
+        data = read_file(source, max_image_bytes)
     elif hasattr(source, "read"):
         data = source.read(max_image_bytes + 1)
         if not isinstance(data, bytes):
@@ -110,7 +120,12 @@ def load_image(source: Source, max_image_bytes: int) -> bytes | Url:
     return data
 
 
-def _read_file(path: Path, max_bytes: int) -> bytes:
+def read_file(path: Path, max_bytes: int) -> bytes:
+    """The bytes of a regular file.
+
+    Raises:
+        ImageUnreadable: no such file, not a regular file, too large, or the system refuses.
+    """
     try:
         with io.BufferedReader(io.FileIO(path, opener=_not_waiting)) as file:
             status = os.fstat(file.fileno())

@@ -11,6 +11,8 @@ from typing import Any
 
 from service.client.errors import AnswerNotUnderstood, ConnectionFailed, HardlookError, ProblemError
 from service.wire import ClassifyAnswer, ClassifyItem, Problem, SimilarAnswer, SimilarItem
+from service.wire_collections import ChangedAnswer
+from service.wire_jobs import JobItem, JobItemError
 
 Record = dict[str, Any]
 _CLIENT_TYPE = "urn:hardlook:client:"
@@ -22,22 +24,47 @@ class OutputUnusable(Exception):
 
 def verdict_record(path: str, answer: ClassifyAnswer, item: ClassifyItem) -> Record:
     """The line of one verdict, with the versions that it was made by."""
-    return {
-        "path": path,
-        "status": "ok",
-        "verdict": item.verdict.value,
-        "pool": item.pool.value if item.pool else None,
-        "margin": item.margin,
-        "reason": item.reason,
-        "detail": item.detail,
-        **_versions(answer),
-    }
+    return {"path": path, **_verdict(item), **_versions(answer)}
 
 
 def similar_record(path: str | None, answer: SimilarAnswer, item: SimilarItem) -> Record:
     """The line of one search; `path` is None for a text."""
     neighbors = [neighbor.model_dump(mode="json") for neighbor in item.neighbors]
     return {"path": path, "status": "ok", "neighbors": neighbors, "detail": item.detail, **_versions(answer)}
+
+
+def addition_record(path: str, answer: ChangedAnswer) -> Record:
+    """The line of an image that is an exemplar now, or was one already."""
+    [item] = answer.items
+    caught = answer.retroactive
+    return {
+        "path": path,
+        "status": "ok",
+        "outcome": "added" if answer.changed else "present",
+        "id": item.id,
+        "label": item.label,
+        "collection": answer.collection,
+        "version": answer.version,
+        "revision": answer.revision,
+        "would_have_changed": None if caught is None else caught.changed,
+        "request_id": answer.request_id,
+    }
+
+
+def job_record(item: JobItem | JobItemError) -> Record:
+    """The line of one image of a job; its id in the job takes the place of a path."""
+    job = {"position": item.position}
+    if isinstance(item, JobItemError):
+        return problem_record(item.id, item.error) | job
+    return {
+        "path": item.id,
+        **_verdict(item),
+        "model": item.model,
+        "snapshot": item.snapshot.version,
+        "policy": item.policy,
+        "request_id": item.request_id,
+        **job,
+    }
 
 
 def problem_record(path: str | None, problem: Problem) -> Record:
@@ -59,6 +86,17 @@ def error_record(path: str | None, error: HardlookError) -> Record:
         "path": path,
         "status": "error",
         "error": {"type": _CLIENT_TYPE + slug, "title": title, "detail": str(error)},
+    }
+
+
+def _verdict(item: ClassifyItem) -> Record:
+    return {
+        "status": "ok",
+        "verdict": item.verdict.value,
+        "pool": item.pool.value if item.pool else None,
+        "margin": item.margin,
+        "reason": item.reason,
+        "detail": item.detail,
     }
 
 
@@ -160,7 +198,7 @@ def json_line(record: Record) -> str:
 
 
 def table_line(record: Record) -> str:
-    """One line for a person: verdict, margin and path, or similarity, pool, id and path for each neighbour."""
+    """One line for a person: what became of the path, or a line for each neighbour."""
     path = printable(record["path"] or "")
     if record["status"] == "error":
         error = record["error"]
@@ -168,6 +206,10 @@ def table_line(record: Record) -> str:
     if "verdict" in record:
         margin = "" if record["margin"] is None else f"{record['margin']:.4f}"
         return f"{record['verdict']:<8} {margin:>10}  {path}\n"
+    if "outcome" in record:
+        changed = record["would_have_changed"]
+        caught = f"  would have changed {changed} recent verdicts" if changed else ""
+        return f"{record['outcome']:<8} {printable(record['label']):<8} {printable(record['id'])}\t{path}{caught}\n"
     return "".join(
         f"{near['similarity']:>7.4f}  {printable(near['pool']):<10} {printable(near['id'])}\t{path}\n"
         for near in record["neighbors"]

@@ -7,6 +7,8 @@ from email.utils import parsedate_to_datetime
 # Not 500, which is a bug and stays one; not 504, after which the work has been done once for nothing already. 502 is a
 # proxy's word for a service that is being restarted.
 RETRIED_STATUSES = frozenset({429, 502, 503})
+# Of them, those that say that nothing was done.
+REFUSED_STATUSES = frozenset({429, 503})
 _FIRST_BACKOFF_S = 0.25
 _MOST_BACKOFF_S = 10.0
 _MOST_DIGITS = 9

@@ -3,11 +3,11 @@
 import asyncio
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from service.settings import Scope
 from service.startup import load
 from service.testing import publish, toy_pools, toy_settings
 from service.wire import ClassifyAnswer, PoolsAnswer, SimilarAnswer
+from service.wire_reviews import FeedbackAnswer
 
 
 class ToyText:
@@ -99,6 +100,15 @@ def service(published: Path) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[str]:
+    """A service of its own over toy pools, in which everybody may do everything."""
+    folder = tmp_path / "pools"
+    publish(folder, ToyClip(), toy_pools())
+    with serving(folder, anonymous_scopes=("classify", "similar", "admin"), max_images_per_request=4) as url:
+        yield url
+
+
 @dataclass(frozen=True)
 class Guarded:
     """A service that wants keys."""
@@ -120,12 +130,47 @@ def guarded(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield Guarded(url, keys)
 
 
+class BlockingPart:
+    """A part of an AsyncHardlookClient, or what it iterates over, that is asked like that of the other one."""
+
+    def __init__(self, runner: asyncio.Runner, part: Any) -> None:
+        self._runner, self._part = runner, part
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._part, name)
+
+        def called(*arguments: Any, **named: Any) -> Any:
+            found = method(*arguments, **named)
+            return self._runner.run(found) if asyncio.iscoroutine(found) else self._each(found)
+
+        return called
+
+    def _each(self, items: AsyncIterator[Any]) -> Iterator[Any]:
+        async def following() -> tuple[Any, ...]:
+            try:
+                return (await anext(items),)
+            except StopAsyncIteration:
+                return ()
+
+        while found := self._runner.run(following()):
+            yield found[0]
+
+
 class Blocking:
     """An AsyncHardlookClient that is asked like the other one."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         self._runner = asyncio.Runner()
         self._client = AsyncHardlookClient(*arguments, **named)
+        for name in ("collections", "versions", "shadow", "reviews", "jobs", "audit", "curation"):
+            setattr(self, name, BlockingPart(self._runner, getattr(self._client, name)))
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def feedback(self, *arguments: Any, **named: Any) -> FeedbackAnswer:
+        return self._runner.run(self._client.feedback(*arguments, **named))
 
     def __repr__(self) -> str:
         return repr(self._client)

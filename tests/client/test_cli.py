@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from service.client.bulk import GIVE_UP_AFTER
-from service.client.cli import ALL_ANSWERED, NOT_DONE, SOME_ERRORS, VERDICT_FOUND, main
+from service.client.cli import main
+from service.client.commands.options import ALL_ANSWERED, NOT_DONE, SOME_ERRORS, VERDICT_FOUND
 from tests.client.conftest import Guarded
 from tests.client.scripted import CUT, HANG, pools, problem, response, scripted, verdicts
 

@@ -15,10 +15,22 @@ from service import wire
 from tests.client.scripted import verdicts_body
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("torch", "faiss", "fastapi", "starlette", "numpy", "PIL", "pydantic_settings", "indexer", "open_clip")
+WIRE = [f"service.{path.stem}" for path in sorted((ROOT / "service").glob("wire*.py"))]
+HEAVY = (
+    "torch",
+    "faiss",
+    "fastapi",
+    "starlette",
+    "numpy",
+    "PIL",
+    "pydantic_settings",
+    "indexer",
+    "open_clip",
+    "sqlalchemy",
+)
 
 
-@pytest.mark.parametrize("module", ["service.wire", "service.client", "service.client.cli"])
+@pytest.mark.parametrize("module", [*WIRE, "service.client", "service.client.cli"])
 def test_a_client_pays_for_httpx_and_pydantic_alone(module: str) -> None:
     code = f"import sys, {module}; print(*[m for m in {HEAVY!r} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
