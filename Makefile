@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	@touch $@
 
-demo: setup ## Build pools from public photographs, serve them, ask the service
+demo: setup ## Build pools from public photographs, serve them, ask the service, correct it
 	$(BIN)/hardlook-demo
 	@echo "demo: finished"
 

@@ -6,22 +6,40 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from http import HTTPStatus
 from typing import TypeVar, cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from indexer.errors import IndexerError
 from perception.errors import PerceptionError
-from service.api import classify, health, metrics, pools, similar
+from service.api import (
+    adapters,
+    audit,
+    classify,
+    curation,
+    exemplars,
+    health,
+    jobs,
+    metrics,
+    pools,
+    reviews,
+    similar,
+    versions,
+)
 from service.api.documentation import document
+from service.bookkeeping import keep_compact
+from service.editing import Editor, adopt_with
 from service.errors import ServiceError
 from service.intake import invalid_parameter
 from service.keys import KeyRing
 from service.memory import trim_when_idle
 from service.problems import MEDIA_TYPE, extra_headers, http_problem, problem_response
+from service.provenance import write_down_keys
 from service.request_log import RequestLog
 from service.runtime import request_id_of, state_of
 from service.settings import Settings
@@ -31,6 +49,10 @@ from service.telemetry import Metrics
 from service.tracing import flush_tracing, telemetry_config
 
 T = TypeVar("T")
+_ROUTES = (
+    classify, similar, pools, exemplars, versions, curation, reviews, jobs, audit, adapters, metrics, health
+)  # fmt: skip
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _log = logging.getLogger("hardlook.app")
 _DESCRIPTION = """Nearest neighbours of adversarially robust image embeddings decide, and are shown with the decision.
 
@@ -63,7 +85,7 @@ def create_app(
     )
     app.state.metrics, app.state.settings, app.state.draining = counters, settings, False
     counters.watch_state(lambda: state_of(app))
-    for routes in (classify, similar, pools, metrics, health):
+    for routes in _ROUTES:
         app.include_router(routes.router)
     app.add_middleware(Shedding)
     app.add_middleware(RequestLog, metrics=counters)
@@ -88,9 +110,18 @@ def _life(
 
             async def open_up() -> None:
                 parts = await _in_daemon_thread(lambda: load(settings)) if loaded is None else loaded
+                if loaded is None:
+                    stack.callback(parts.close)
                 runtime = await start(settings, parts, counters, stack)
-                chores.append(asyncio.create_task(parts.published.watch(settings.pools_reload_s)))
-                chores.append(asyncio.create_task(_watch(parts.keys, settings.pools_reload_s)))
+                adopt = None if runtime.editor is None else adopt_with(runtime.editor)
+                chores.append(asyncio.create_task(parts.published.watch(settings.pools_reload_s, adopt)))
+                chores.append(asyncio.create_task(_watch(parts.keys, settings.pools_reload_s, runtime.editor)))
+                if runtime.editor is not None:
+                    chores.append(asyncio.create_task(keep_compact(settings, runtime.editor, parts.published)))
+                if runtime.jobs is not None:
+                    chores.append(asyncio.create_task(runtime.jobs.run()))
+                if runtime.books is not None and runtime.books.webhooks is not None:
+                    chores.append(asyncio.create_task(runtime.books.webhooks.run()))
                 chores.append(asyncio.create_task(trim_when_idle(runtime.admission.idle_since_work)))
                 app.state.runtime = runtime
                 _log.info("started")
@@ -118,12 +149,13 @@ def _life(
     return life
 
 
-async def _watch(keys: KeyRing, every_s: float) -> None:
-    """Take up keys that are created or revoked while the service runs; until cancelled."""
+async def _watch(keys: KeyRing, every_s: float, editor: Editor | None) -> None:
+    """Take up keys that are created or revoked while the service runs, and log that; until cancelled."""
     while True:
         await asyncio.sleep(every_s)
         try:
-            await asyncio.to_thread(keys.reload_if_changed)
+            if await asyncio.to_thread(keys.reload_if_changed) and editor is not None:
+                await write_down_keys(editor, keys.records)
         except Exception:
             _log.exception("a bug")
 
@@ -174,7 +206,20 @@ async def _answer_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     body = http_problem(error.status_code, str(error.detail), request_id_of(request))
     headers = {**extra_headers(error.status_code), **(error.headers or {})}
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["Allow"] = _allowed_methods(request)
     return JSONResponse(body, status_code=error.status_code, media_type=MEDIA_TYPE, headers=headers)
+
+
+def _allowed_methods(request: Request) -> str:
+    """Every method of a path; the router itself names those of the first route that has the path."""
+    routes = request.app.routes
+
+    def allowed(method: str) -> bool:
+        scope = {**request.scope, "method": method}
+        return any(route.matches(scope)[0] is Match.FULL for route in routes)
+
+    return ", ".join(method for method in _METHODS if allowed(method))
 
 
 async def _answer_validation(request: Request, error: Exception) -> JSONResponse:

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from indexer.contents import Exemplar
+from indexer.live.suppression import Suppressed
+from indexer.live.view import View
 from indexer.snapshot import Snapshot
 from perception.verdict import DecisionPolicy, Neighbor, PoolLabel, Verdict, most_cautious
 from service.batching import Batcher
@@ -63,6 +65,8 @@ class Classification:
 
     Attributes:
         embedding: (d,) unit float32, of the frame that decided.
+        embeddings: (f, d) unit float32, of all frames that were examined.
+        suppressed: what suppress items took away from the evidence of that frame.
         sha256: of the file.
         image: as decoded.
         verdict: the most cautious over all frames.
@@ -74,6 +78,23 @@ class Classification:
     verdict: Verdict
     frame: FrameOrigin
     matches: tuple[Match, ...]
+    embedding: NDArray[np.float32]
+    embeddings: NDArray[np.float32]
+    suppressed: tuple[Suppressed, ...]
+    sha256: bytes
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """An image and what the encoder makes of one of its frames.
+
+    Attributes:
+        image: as decoded.
+        embedding: (d,) unit float32.
+        sha256: of the file.
+    """
+
+    image: PreparedImage
     embedding: NDArray[np.float32]
     sha256: bytes
 
@@ -98,7 +119,7 @@ class Lookup:
 class Classifier:
     """Classifies images and looks up similar ones.
 
-    Callers take a snapshot once and pass it with every image of a request, so that one request has one snapshot even
+    Callers take a view once and pass it with every image of a request, so that one request has one snapshot even
     where a new version is published meanwhile.
 
     Args:
@@ -127,7 +148,7 @@ class Classifier:
         self._policy, self._deadline_s = policy, deadline_s
         self._fetcher, self._metrics, self._answered = fetcher, metrics, answered
 
-    def searchable(self, gallery: str | None, pool: PoolLabel | None) -> Snapshot:
+    def searchable(self, gallery: str | None, pool: PoolLabel | None) -> View:
         """The snapshot that a search with these parameters goes to.
 
         Raises:
@@ -141,9 +162,7 @@ class Classifier:
             raise InvalidParameter("pool", "name a gallery or a pool, not both")
         return self._published.get(gallery)
 
-    async def classify(
-        self, source: bytes | RemoteImage, snapshot: Snapshot, shown: int, until_s: float
-    ) -> Classification:
+    async def classify(self, source: bytes | RemoteImage, snapshot: View, shown: int, until_s: float) -> Classification:
         """Classify one image file.
 
         Args:
@@ -172,9 +191,42 @@ class Classifier:
         self._metrics.verdict(verdict.label, verdict.pool, verdict.margin)
         for kind in disagreements(image.frames, verdicts, deciding):
             self._metrics.disagreement(kind)
+        sighting = sightings[deciding]
+        matches = _matches(snapshot, evidence)
+        embeddings = np.stack([each.embedding for each in sightings])
         return Classification(
-            image, verdict, frame, _matches(snapshot, evidence), sightings[deciding].embedding, sha256
+            image, verdict, frame, matches, sighting.embedding, embeddings, sighting.suppressed, sha256
         )
+
+    async def embed(self, source: bytes | RemoteImage, frame: int, until_s: float) -> Embedded:
+        """What the encoder makes of one frame of an image.
+
+        Args:
+            source: the file's bytes, or where to fetch them.
+            frame: position among the frames that are examined.
+            until_s: when the answer must be there, in the event loop's time.
+
+        Raises:
+            InvalidParameter: the image has no such frame.
+            Exception: those of `classify`.
+        """
+        async with self._answer(until_s):
+            image, sha256 = await self._prepare(source)
+            if frame >= len(image.pixels):
+                raise InvalidParameter("frame", f"it is {frame}, the image has {len(image.pixels)} examined frames")
+            [sighting] = await self._look_up([Query(image.pixels[frame], None)])
+        return Embedded(image, sighting.embedding, sha256)
+
+    async def embed_texts(self, prompts: Sequence[str], until_s: float) -> NDArray[np.float32]:
+        """What the encoder makes of prompts: (len(prompts), d) unit float32.
+
+        Raises:
+            TextUnsupported: it has no text tower.
+            Exception: those of `classify`.
+        """
+        async with self._answer(until_s):
+            sightings = await self._look_up([Query(prompt, None) for prompt in prompts])
+        return np.stack([sighting.embedding for sighting in sightings])
 
     async def similar(self, subject: bytes | RemoteImage | str, search: Search, until_s: float) -> Lookup:
         """Find the exemplars that an image (its first frame) or a prompt is most similar to.
@@ -264,5 +316,5 @@ def disagreements(
         yield "neighbors"
 
 
-def _matches(snapshot: Snapshot, neighbors: Iterable[Neighbor]) -> tuple[Match, ...]:
+def _matches(snapshot: View | Snapshot, neighbors: Iterable[Neighbor]) -> tuple[Match, ...]:
     return tuple(Match(neighbor, snapshot.exemplar(neighbor.id)) for neighbor in neighbors)

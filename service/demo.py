@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="hardlook-demo-") as folder, serving(Path(folder)) as client:
         failures = classify_all(client) + refuse_bad(client)
         search(client)
+        failures += correct(client)
     print(f"\ndemo: {'everything was answered as it must be' if not failures else f'{failures} WRONG answers'}")
     sys.exit(1 if failures else 0)
 
@@ -89,6 +90,7 @@ def serving(root: Path) -> Iterator[httpx.Client]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     settings = {"ENCODER": ENCODER, "POOLS": str(root), "PORT": str(port), "LOG_LEVEL": "WARNING", "DEVICE": "cpu"}
+    settings["ANONYMOUS_SCOPES"] = "admin"  # for as long as this program runs, to whoever is on this machine
     inherited = {k: v for k, v in os.environ.items() if not k.upper().startswith("HARDLOOK_")}
     environment = inherited | {f"HARDLOOK_{k}": v for k, v in settings.items()}
     process = subprocess.Popen([sys.executable, "-c", "from service.cli import main; main()"], env=environment)
@@ -231,6 +233,45 @@ def search(client: httpx.Client) -> None:
         named = [f"{n['metadata'].get('class') or n['id'].split('/')[0]} {n['similarity']:.2f}" for n in found]
         table.add_row(shown, ", ".join(named))
     Console(width=150).print(table)
+
+
+def correct(client: httpx.Client) -> int:
+    """Call a photograph unsafe, see that the next answer does, and take it back; how many steps went wrong."""
+
+    def judged(file: bytes) -> dict[str, Any]:
+        response = client.post("/classify", content=file, headers={"content-type": "application/octet-stream"})
+        response.raise_for_status()
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    answers = ((name, file, judged(file)) for name, file in photographs())
+    name, file, before = next(found for found in answers if found[2]["results"][0]["verdict"] == "safe")
+    began = time.perf_counter()
+    item = {"id": "demo/correction", "label": "unsafe", "data": base64.b64encode(file).decode()}
+    added = client.post("/collections/pools/exemplars", json={"items": [item], "reason": "shown in the demo"})
+    added.raise_for_status()
+    during = judged(file)
+    took_ms = 1000 * (time.perf_counter() - began)
+    back = {"version": before["snapshot"]["version"], "reason": "it was only shown"}
+    client.post("/collections/pools/rollback", json=back).raise_for_status()
+    after = judged(file)
+    log = client.get("/audit").json()["entries"]
+    sound = client.post("/audit/verify").json()["sound"]
+    table = Table("what", "verdict", "pools", title=f"a correction, and back: {name}")
+    for what, answer in (("before", before), ("added to the unsafe pool", during), ("rolled back", after)):
+        table.add_row(what, answer["results"][0]["verdict"], answer["snapshot"]["version"])
+    Console(width=150).print(table)
+    print(f"the addition counted {took_ms:.0f} ms after it was asked for; the audit log has {len(log)} changes,")
+    print(
+        f"the last: {', '.join(entry['kind'] for entry in log[-3:])}; {'it is sound' if sound else 'it is NOT sound'}"
+    )
+    right = (
+        during["results"][0]["verdict"] == "unsafe",
+        before["results"] == after["results"],
+        before["snapshot"]["version"] == after["snapshot"]["version"],
+        sound,
+    )
+    return right.count(False)
 
 
 if __name__ == "__main__":

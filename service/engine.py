@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from indexer.live.suppression import Evidence, Suppressed
+from indexer.live.view import View
 from indexer.snapshot import Snapshot
 from perception.encoder import Encoder, Precision
 from perception.errors import NonFiniteEmbedding
@@ -40,16 +42,17 @@ class TextTower(Protocol):
 
 @dataclass(frozen=True)
 class Search:
-    """What to look for in one snapshot; equal searches share a call.
+    """What to look for in one state of a collection; equal searches share a call.
 
     Attributes:
         snapshot: where; the reference is held for the whole request.
         k: how many neighbours, of each pool where `each_pool`.
         label: only exemplars of this label.
-        each_pool: the nearest of each pool, which a verdict needs, instead of the nearest of all.
+        each_pool: the nearest of each pool, which a verdict needs, instead of the nearest of all; without what suppress
+            items take away.
     """
 
-    snapshot: Snapshot
+    snapshot: View | Snapshot
     k: int
     label: str | None = None
     each_pool: bool = False
@@ -57,10 +60,15 @@ class Search:
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """One thing to look up: `subject` is pixels (3, h, w) uint8 or a prompt."""
+    """One thing to look up.
+
+    Attributes:
+        subject: pixels (3, h, w) uint8, or a prompt.
+        search: where; None where only the embedding is asked for.
+    """
 
     subject: NDArray[np.uint8] | str
-    search: Search
+    search: Search | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,12 +78,14 @@ class Sighting:
     Attributes:
         embedding: (d,) unit float32.
         neighbors: as the search ordered them.
+        suppressed: what suppress items took away from them, where the nearest of each pool were asked for.
         timings: stage, begin and end of what its batch went through, in nanoseconds of the wall clock.
     """
 
     embedding: NDArray[np.float32]
     neighbors: tuple[Neighbor, ...]
     timings: tuple[tuple[str, int, int], ...] = ()
+    suppressed: tuple[Suppressed, ...] = ()
 
 
 class Engine:
@@ -109,8 +119,8 @@ class Engine:
             found = self._search(queries, embeddings)
         timings = (("encode", began_ns, encoded_ns), ("search", encoded_ns, time.time_ns()))
         return [
-            Sighting(embedding.copy(), neighbors, timings)
-            for embedding, neighbors in zip(embeddings, found, strict=True)
+            Sighting(embedding.copy(), evidence.neighbors, timings, evidence.suppressed)
+            for embedding, evidence in zip(embeddings, found, strict=True)
         ]
 
     def _encode(self, queries: Sequence[Query]) -> NDArray[np.float32]:
@@ -129,16 +139,24 @@ class Engine:
                 embeddings[[row for row, _ in prompts]] = encoded.cpu().numpy()
         return embeddings
 
-    def _search(self, queries: Sequence[Query], embeddings: NDArray[np.float32]) -> list[tuple[Neighbor, ...]]:
-        """One call for all queries that ask the same of the same snapshot."""
+    def _search(self, queries: Sequence[Query], embeddings: NDArray[np.float32]) -> list[Evidence]:
+        """One call for all queries that ask the same of the same state."""
         rows_of: dict[Search, list[int]] = {}
         for row, query in enumerate(queries):
-            rows_of.setdefault(query.search, []).append(row)
-        found: dict[int, tuple[Neighbor, ...]] = {}
+            if query.search is not None:
+                rows_of.setdefault(query.search, []).append(row)
+        found = dict.fromkeys(range(len(queries)), Evidence(()))
         for search, rows in rows_of.items():
-            if search.each_pool:
-                hits = search.snapshot.search_each(embeddings[rows], search.k)
-            else:
-                hits = search.snapshot.search(embeddings[rows], search.k, label=search.label)
-            found.update(zip(rows, map(tuple, hits), strict=True))
+            found.update(zip(rows, _find(search, embeddings[rows]), strict=True))
         return [found[row] for row in range(len(queries))]
+
+
+def _find(search: Search, queries: NDArray[np.float32]) -> list[Evidence]:
+    """What one search finds for queries (b, d)."""
+    if not search.each_pool:
+        hits = search.snapshot.search(queries, search.k, label=search.label)
+    elif isinstance(search.snapshot, View):
+        return search.snapshot.evidence(queries, search.k)
+    else:
+        hits = search.snapshot.search_each(queries, search.k)
+    return [Evidence(tuple(neighbors)) for neighbors in hits]

@@ -12,6 +12,9 @@
     │   ├── BodyTimeout            the body did not arrive in time
     │   ├── TextUnsupported        a text prompt for an encoder without a text tower
     │   ├── Unauthenticated        no key, or none that is known and in force
+    │   ├── UnknownDecision        no recent verdict of that request or image is kept
+    │   ├── UnknownItem            no exemplar, version or candidate of that name
+    │   ├── EditingDisabled        the service runs without a catalogue
     │   ├── Forbidden              the key has not the scope
     │   └── RateLimited            more than the key may ask for; later it may again
     ├── FetchError                 an image that was to be fetched from a URL
@@ -128,6 +131,29 @@ class RateLimited(RequestError):
     def __init__(self, limit: str, retry_after_s: float) -> None:
         self.limit, self.retry_after_s = limit, retry_after_s
         super().__init__(f"rate limit exceeded: the limit is {limit}, try again in {retry_after_s:.0f} s")
+
+
+class UnknownDecision(RequestError):
+    """No recent verdict of that request or image is kept; there may have been one."""
+
+    def __init__(self, by: str, value: str) -> None:
+        self.by, self.value = by, value
+        super().__init__(f"no recent verdict is kept by {by} {value!r}")
+
+
+class UnknownItem(RequestError):
+    """Nothing of that kind has that name."""
+
+    def __init__(self, kind: str, name: str) -> None:
+        self.kind, self.name = kind, name
+        super().__init__(f"no {kind} {name!r}")
+
+
+class EditingDisabled(RequestError):
+    """The service runs without a catalogue, so that nothing can be changed or looked up in it."""
+
+    def __init__(self) -> None:
+        super().__init__("the service runs with HARDLOOK_CATALOG=off: collections change by publishing them")
 
 
 class FetchError(ServiceError):

@@ -98,6 +98,33 @@ async def read_submission(request: Request, body_type: type[Body], settings: Set
     raise UnsupportedBody(content_type, ACCEPTED_BODIES)
 
 
+async def read_json(request: Request, body_type: type[ParametersT], settings: Settings) -> ParametersT:
+    """Read a request's body, which can only be JSON of one model.
+
+    Raises:
+        RequestError: what is wrong with it.
+    """
+    content_type = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
+    if content_type != JSON:
+        raise UnsupportedBody(content_type, (JSON,))
+    try:
+        async with asyncio.timeout(settings.deadline_s) as timer:
+            body = await _read_all(request, settings.max_body_bytes)
+    except TimeoutError as error:
+        if not timer.expired():
+            raise
+        raise BodyTimeout(settings.deadline_s) from error
+    try:
+        return await asyncio.to_thread(body_type.model_validate_json, body)
+    except ValidationError as error:
+        raise _json_error(error) from error
+
+
+def image_content(image: ImageData) -> bytes | RemoteImage | MalformedBody:
+    """An image's bytes, where to fetch them, or what is wrong with its base64."""
+    return RemoteImage(image.url) if image.url is not None else _decode_base64(image.data or "")
+
+
 def merge_parameters(query: ParametersT, submission: Submission) -> ParametersT:
     """Join the parameters of the query string with those of the body.
 
@@ -194,7 +221,7 @@ def _parse_json(body: bytes, body_type: type[Body], settings: Settings) -> Submi
     if len(images) > settings.max_images_per_request:
         raise TooManyImages(settings.max_images_per_request)
     uploads = tuple(
-        Upload(str(position) if image.id is None else image.id, _content(image))
+        Upload(str(position) if image.id is None else image.id, image_content(image))
         for position, image in enumerate(images)
     )
     given = parsed.model_dump(exclude_unset=True, exclude={"images", "text"})
@@ -209,10 +236,6 @@ def _json_error(error: ValidationError) -> ServiceError:
         return invalid_parameter([first])
     reason = first["msg"].removeprefix("Value error, ")
     return MalformedBody(f"{'.'.join(location)[:MAX_ID_CHARS]}: {reason}".removeprefix(": "))
-
-
-def _content(image: ImageData) -> bytes | RemoteImage | MalformedBody:
-    return RemoteImage(image.url) if image.url is not None else _decode_base64(image.data or "")
 
 
 def _decode_base64(data: str) -> bytes | MalformedBody:

@@ -4,6 +4,8 @@ A key is the text `hlk_<id>_<secret>`: the id is public and names the key in lis
 bits. `service.key_file` keeps the SHA-256 of the whole text alone. No log line, message or repr holds any of a secret.
 """
 
+import base64
+import binascii
 import hashlib
 import hmac
 import ipaddress
@@ -106,6 +108,11 @@ class KeyRing:
     def __len__(self) -> int:
         return len(self._keys)
 
+    @property
+    def records(self) -> tuple[KeyRecord, ...]:
+        """All keys of the file, those that are not in force too; they hold hashes, not secrets."""
+        return tuple(self._keys.values())
+
     def authenticate(self, presented: str | None) -> Caller:
         """Find out whose key it is. Every refusal takes the same steps and has the same words.
 
@@ -158,21 +165,42 @@ def _signature(status: os.stat_result) -> _Signature:
 
 
 def presented_key(headers: Headers) -> str | None:
-    """The key of a request, from `Authorization: Bearer KEY` or `X-API-Key: KEY`; None where neither is there.
+    """The key of a request; None where it brings none.
+
+    From `Authorization: Bearer KEY` or `X-API-Key: KEY`. Callers that can be given a URL and no header put it there, as
+    `https://KEY@host/` or `https://anything:KEY@host/`, and so send `Authorization: Basic`.
 
     Raises:
-        Unauthenticated: several that differ, or an Authorization of another scheme and no X-API-Key.
+        Unauthenticated: several that differ, or an Authorization that is none of these and no X-API-Key.
     """
     given = set(headers.getlist("X-API-Key"))
     for value in headers.getlist("Authorization"):
         scheme, _, credentials = value.partition(" ")
         if scheme.lower() == "bearer":
             given.add(credentials.strip())
-        elif "X-API-Key" not in headers:  # with one, the other is for the proxy in front
-            raise Unauthenticated("the scheme of Authorization must be Bearer")
+        elif "X-API-Key" in headers:  # the other is for the proxy in front
+            continue
+        elif scheme.lower() == "basic":
+            given.add(_key_of_url(credentials.strip()))
+        else:
+            raise Unauthenticated("the scheme of Authorization must be Bearer or Basic")
     if len(given) > 1:
         raise Unauthenticated("several API keys that differ")
     return given.pop() if given else None
+
+
+def _key_of_url(credentials: str) -> str:
+    """The password of Basic credentials (RFC 7617), or the user's name where the password is empty.
+
+    Raises:
+        Unauthenticated: they are no such credentials.
+    """
+    try:
+        text = base64.b64decode(credentials, validate=True).decode("latin-1")
+    except (binascii.Error, ValueError):  # not as its cause, which may show a part of them
+        raise Unauthenticated("the credentials of Authorization: Basic are malformed") from None
+    user, _, password = text.partition(":")
+    return password or user
 
 
 def anonymous(client_host: str | None, scopes: frozenset[Scope]) -> Caller:

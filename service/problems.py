@@ -48,13 +48,9 @@ _NOT_OF_REQUESTS: tuple[type[Exception], ...] = (
     perception.HubUnreachable,
     perception.GalleryError,
     perception.PolicyError,
-    perception.FingerprintMismatch,
-    indexer.InvalidLabel,
     indexer.DuplicateId,
-    indexer.ContentsError,
     indexer.SnapshotError,
     indexer.UnknownVersion,
-    indexer.UnknownExemplar,
     indexer.SourceError,
     indexer.ManifestError,
     indexer.BuildError,
@@ -78,6 +74,26 @@ KINDS: Mapping[type[Exception], ProblemKind] = {
         404, "unknown-gallery", "There is no published gallery of that name", ("name", "known")
     ),
     indexer.InvalidName: ProblemKind(404, "unknown-gallery", "There is no published gallery of that name", ("name",)),
+    indexer.InvalidLabel: ProblemKind(422, "invalid-label", "The collection has no such label", ("label", "allowed")),
+    indexer.ContentsError: ProblemKind(422, "invalid-exemplar", "The exemplar cannot be taken as it is"),
+    perception.FingerprintMismatch: ProblemKind(
+        409, "other-encoder", "Another encoder made it than the one that serves", ("expected", "found")
+    ),
+    indexer.CatalogError: ProblemKind(
+        503, "catalog-unavailable", "The catalogue cannot be reached", shows_detail=False
+    ),
+    indexer.UnknownExemplar: ProblemKind(404, "unknown-exemplar", "There is no exemplar of that id", ("id",)),
+    indexer.ExemplarExists: ProblemKind(409, "exemplar-exists", "An exemplar of that id is there already", ("id",)),
+    indexer.EditRefused: ProblemKind(409, "edit-refused", "The collection cannot be changed so", ("reason",)),
+    indexer.UnknownReview: ProblemKind(404, "unknown-review", "The review queue has no such item", ("id",)),
+    indexer.ReviewTaken: ProblemKind(409, "review-taken", "The item is somebody else's, or decided", ("id", "reason")),
+    indexer.UnknownJob: ProblemKind(404, "unknown-job", "There is no such job", ("id",)),
+    indexer.PoolFileError: ProblemKind(422, "invalid-pool-file", "The file is no sound pool file", ("reason",)),
+    service.UnknownDecision: ProblemKind(
+        404, "unknown-decision", "No recent verdict of that request or image is kept", ("by", "value")
+    ),
+    service.UnknownItem: ProblemKind(404, "unknown-item", "There is nothing of that name", ("kind", "name")),
+    service.EditingDisabled: ProblemKind(409, "editing-disabled", "This service changes no collections"),
     service.MalformedBody: ProblemKind(400, "malformed-body", "The request body is malformed", ("reason",)),
     service.InvalidParameter: ProblemKind(
         400, "invalid-parameter", "A parameter is unknown or out of range", ("name", "reason")

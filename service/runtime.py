@@ -8,20 +8,29 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from fastapi import FastAPI, Request
 from numpy.typing import NDArray
+from sqlalchemy import Connection
 from starlette.requests import ClientDisconnect
 
+from indexer.catalog.entry import Entry
+from indexer.catalog.ledger import Also
 from perception.policy_file import CalibratedPolicy
+from perception.verdict import DecisionPolicy
 from service.admission import Admission
 from service.batching import Batcher
+from service.books import Books
+from service.candidates import Candidates
 from service.classifier import Classifier
+from service.editing import Editor
 from service.engine import Query, Sighting
-from service.errors import NotReady
+from service.errors import EditingDisabled, NotReady
+from service.jobs import JobRunner
 from service.keys import Caller, KeyRing, identify
 from service.probing import ProbingDetector
 from service.published import Published
 from service.rate_limits import RateLimits
 from service.settings import Scope, Settings
 from service.telemetry import Metrics
+from service.webhooks import Event
 from service.wire import Model, Policy
 
 T = TypeVar("T")
@@ -36,7 +45,10 @@ class Runtime:
         model: the encoder, as answers name it.
         policy: how verdicts are made, as answers name it.
         calibrated: the policy together with its audit's figures; None where it is not from a file.
-        published: the snapshots.
+        published: the collections.
+        rule: the policy itself.
+        books: what writes to the catalogue; None where it is turned off.
+        jobs: lists of images that nobody waits for; None there too.
         classifier: the use cases.
         admission: bounds of the requests and images in progress.
         batcher: the encoder's queue and replicas.
@@ -52,6 +64,9 @@ class Runtime:
     policy: Policy
     calibrated: CalibratedPolicy | None
     published: Published
+    rule: DecisionPolicy
+    books: Books | None
+    jobs: JobRunner | None
     classifier: Classifier
     admission: Admission
     batcher: Batcher[Query, Sighting]
@@ -69,6 +84,55 @@ class Runtime:
         if coarse:
             self.metrics.coarse_answer()
         return coarse
+
+    @property
+    def editor(self) -> Editor | None:
+        """What changes collections; None where the catalogue is turned off."""
+        return None if self.books is None else self.books.editor
+
+    async def settle(self, within_s: float) -> None:
+        """Wait until what was answered by now is recorded, for a while; nothing where the catalogue is turned off."""
+        if self.books is not None:
+            await self.books.recorder.settled(within_s)
+
+    def excuse(self, exemplar_id: str) -> None:
+        """Somebody has looked at an exemplar that decides much, and says that it is right to."""
+        if self.books is not None and self.books.flood_guard is not None:
+            self.books.flood_guard.excuse(exemplar_id)
+
+    def require_editor(self) -> Editor:
+        """What changes collections.
+
+        Raises:
+            EditingDisabled: the catalogue is turned off.
+        """
+        if self.books is None:
+            raise EditingDisabled
+        return self.books.editor
+
+    def require_candidates(self) -> Candidates:
+        """Versions and shadows; errors as of `require_editor`."""
+        if self.books is None:
+            raise EditingDisabled
+        return self.books.candidates
+
+    def require_jobs(self) -> JobRunner:
+        """What works on jobs; errors as of `require_editor`."""
+        if self.jobs is None:
+            raise EditingDisabled
+        return self.jobs
+
+    def telling(self, event: Event) -> Also | None:
+        """What tells webhooks of a change, in the transaction that makes it; nothing where it changes nothing."""
+        webhooks = None if self.books is None else self.books.webhooks
+        if webhooks is None or not webhooks.wanted(event.type):
+            return None
+
+        def tell(connection: Connection, entry: Entry | None) -> None:
+            if entry is not None:
+                webhooks.enqueue(connection, [event])
+
+        return tell
 
     @property
     def broken(self) -> bool:
@@ -123,6 +187,11 @@ async def caller_of(request: Request, scope: Scope | None, images: int = 1) -> C
     if images:
         await runtime.rate_limits.hit(caller, images)
     return caller
+
+
+def actor_of(caller: Caller) -> str:
+    """A caller, as the audit log names it: for good, so without the address of those who have no key."""
+    return "anonymous" if caller.anonymous else f"key:{caller.id}"
 
 
 def request_id_of(request: Request) -> str:

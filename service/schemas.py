@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from indexer.snapshot import Snapshot
+from indexer.live.view import View
 from perception.policy_file import CalibratedPolicy, FlipRate
 from perception.verdict import DecisionPolicy
 from service.classifier import Classification, Lookup, Match
@@ -18,12 +18,18 @@ from service.wire import (
     Problem,
     SimilarItem,
     SnapshotVersion,
+    SuppressedItem,
 )
 
 
-def snapshot_version(snapshot: Snapshot) -> SnapshotVersion:
+def snapshot_version(snapshot: View) -> SnapshotVersion:
     """Which published version was searched."""
-    return SnapshotVersion(collection=snapshot.collection, version=snapshot.version, created_at=snapshot.created_at)
+    return SnapshotVersion(
+        collection=snapshot.collection,
+        version=snapshot.version,
+        revision=snapshot.revision,
+        created_at=snapshot.created_at,
+    )
 
 
 def described_policy(policy: DecisionPolicy, calibrated: CalibratedPolicy | None) -> Policy:
@@ -56,6 +62,10 @@ def classify_item(id: str, found: Classification, calibrated: CalibratedPolicy |
         frame=_frame(found),
         image=_image(found.image),
         neighbors=[_neighbor(match) for match in found.matches],
+        suppressed=[
+            SuppressedItem(id=item.exemplar_id, by=item.by, similarity=item.similarity_to_item)
+            for item in found.suppressed
+        ],
         flip_rate_at_eps=[_flip_rate(rate) for rate in rates] or None,
     )
 
@@ -92,12 +102,13 @@ def coarse_similar_item(id: str, found: Lookup, min_similarity: float) -> Simila
     return _similar_item(id, "coarse", found, rounded, min_similarity)
 
 
-def described_collection(snapshot: Snapshot) -> Collection:
+def described_collection(snapshot: View) -> Collection:
     """A published collection, as /pools lists it."""
     return Collection(
         name=snapshot.collection,
         kind=snapshot.kind,
         version=snapshot.version,
+        revision=snapshot.revision,
         created_at=snapshot.created_at,
         counts=snapshot.counts,
     )

@@ -18,6 +18,7 @@ PREFIX = "HARDLOOK_"
 # Variables of offline jobs and of the client, which may be set in the same shell.
 _FOREIGN = ("HARDLOOK_DATA", "HARDLOOK_URL", "HARDLOOK_API_KEY")
 _MIB = 1024 * 1024
+CATALOG_FILE = "catalog.sqlite3"
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -49,6 +50,41 @@ class Settings(BaseSettings):
     threads: int = Field(0, ge=0, le=1024, description="Threads of one operation on a CPU; 0 tries out what is best.")
     pools: Path = Field(Path("pools"), description="Folder of published collections.")
     pools_reload_s: Seconds = Field(2.0, description="How often to look for newly published versions.")
+    search: Literal["auto", "exact", "fast"] = Field(
+        "auto", description="Exact search, or the fast one for large collections; 'auto' goes by their size."
+    )
+    catalog: str = Field(
+        "",
+        description="Database of changes, decisions and reviews: 'sqlite:///FILE', 'postgresql://...', or 'off'; by "
+        "default catalog.sqlite3 in the folder of the pools.",
+    )
+    catalog_password_file: Path | None = Field(None, description="Holds the password of that database.")
+    catalog_poll_s: Seconds = Field(0.25, description="How often to look for what other processes have changed.")
+    compact_after: int = Field(
+        5000, ge=100, le=1_000_000, description="Changed exemplars of a collection after which its snapshot is renewed."
+    )
+    log_decisions: bool = Field(True, description="Keep a record of every verdict in the audit log, without images.")
+    traffic_kept: int = Field(
+        10_000, ge=0, le=1_000_000, description="Recent verdicts whose embeddings are kept, to try out changes on."
+    )
+    review_verdicts: bool = Field(True, description="Put images with the verdict 'review' into the review queue.")
+    max_open_reviews: int = Field(10_000, ge=1, description="Items that wait for a reviewer.")
+    flood_share: float = Field(
+        0.2, ge=0, lt=1, description="Share of recent verdicts that one exemplar may suddenly decide; 0 for any."
+    )
+    flood_least: int = Field(100, ge=1, description="Images that it must have decided before it is suspected.")
+    flood_window: int = Field(1000, ge=10, le=100_000, description="Verdicts that count as recent.")
+    shadow_encoder: str | None = Field(None, description="Candidate encoder, which sees a share of the images too.")
+    shadow_precision: Literal["fp32", "bf16"] = Field("fp32", description="Of the candidate encoder.")
+    shadow_pools: Path | None = Field(None, description="Folder of the collections of the candidate encoder.")
+    shadow_share: float = Field(1.0, gt=0, le=1, description="Share of the images that candidates see.")
+    webhooks_file: Path | None = Field(None, description="Whom to tell of verdicts and changes, a TOML file.")
+    moderations_flag_review: bool = Field(True, description="/v1/moderations flags 'review' as it flags 'unsafe'.")
+    max_job_images: int = Field(1000, ge=1, le=100_000, description="Images in one job.")
+    max_jobs: int = Field(100, ge=1, description="Jobs that wait or run.")
+    job_bytes: int = Field(1024 * _MIB, ge=1, description="Bytes of images that wait in jobs.")
+    job_concurrency: int = Field(2, ge=1, le=64, description="Images of jobs that are in work at a time.")
+    job_results_s: Seconds = Field(7 * 86400.0, description="How long the results of a job are kept.")
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     shutdown_delay_s: float = Field(
@@ -119,6 +155,8 @@ class Settings(BaseSettings):
             _ = self.policy
         except ValueError as error:  # names its parameter without our prefix
             raise ValueError(f"{variable('policy_*')}: {error}") from error
+        if (self.shadow_encoder is None) != (self.shadow_pools is None):
+            raise ValueError(f"{variable('shadow_encoder')} and {variable('shadow_pools')} go together")
         if self.max_queue < max(self.max_batch, 2 * self.max_frames):
             raise ValueError(
                 f"MAX_QUEUE {self.max_queue} must hold one batch (MAX_BATCH {self.max_batch}) and one animation on two "
@@ -136,6 +174,13 @@ class Settings(BaseSettings):
             self.policy_min_margin,
             self.policy_min_margin_unsafe,
         )
+
+    @property
+    def catalog_url(self) -> str | None:
+        """Where the catalogue is; None where it is turned off."""
+        if self.catalog == "off":
+            return None
+        return self.catalog or f"sqlite:///{self.pools / CATALOG_FILE}"
 
     @property
     def image_limits(self) -> ImageLimits:

@@ -8,25 +8,35 @@ from datetime import datetime
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
+
+from indexer.backends.choice import build_index
+from indexer.catalog.database import Database
+from indexer.catalog.ledger import Catalog
+from indexer.catalog.state import Stamp
 from indexer.contents import POOLS
 from perception.errors import NonFiniteEmbedding
 from perception.policy_file import CalibratedPolicy
 from service.admission import Admission
 from service.batching import Batcher, Observer
+from service.bookkeeping import CandidateEncoder, job_runner, open_books
 from service.classifier import Classifier
 from service.decoding import DecoderPool, DecoderSettings
 from service.engine import Query, ServingEncoder, Sighting
-from service.errors import TextUnsupported
+from service.errors import SettingsError, TextUnsupported
 from service.fetch import Fetcher, rules_of
 from service.keys import KeyRing, anonymous_scopes
 from service.probing import ProbingDetector
+from service.provenance import write_down
 from service.published import Published
 from service.rate_limits import RateLimits
 from service.replicas import Served, devices, serve_on
 from service.runtime import Runtime
 from service.schemas import described_policy
-from service.settings import Settings
+from service.settings import Settings, variable
 from service.telemetry import Metrics
+from service.webhook_file import Hook, read_webhooks
 from service.wire import Model
 
 _log = logging.getLogger("hardlook.startup")
@@ -35,24 +45,35 @@ _QUEUE = "encoder queue"
 
 @dataclass(frozen=True)
 class Loaded:
-    """What takes long to load, or may refuse to: the encoder, the snapshots, the calibrated policy, the keys.
+    """What takes long to load, or may refuse to: the encoder, the collections, the calibrated policy, the keys.
 
     Attributes:
         served: the encoder on each of its devices, as often as it has replicas.
-        published: the snapshots.
+        published: the collections.
+        catalog: the record of their changes; None where it is turned off.
+        hooks: whom to tell of what.
+        candidate: an encoder that might serve instead; None where there is none.
         keys: of callers.
         calibrated: the policy, where it is from a file.
     """
 
     served: tuple[Served, ...]
     published: Published
+    catalog: Catalog | None
     keys: KeyRing
     calibrated: CalibratedPolicy | None = None
+    hooks: tuple[Hook, ...] = ()
+    candidate: CandidateEncoder | None = None
 
     @property
     def encoder(self) -> ServingEncoder:
         """On the first device."""
         return self.served[0].encoder
+
+    def close(self) -> None:
+        """Close the catalogue; to be called by whoever loaded it, once no application uses it any more."""
+        if self.catalog is not None:
+            self.catalog.database.close()
 
 
 def load(settings: Settings, encoder: ServingEncoder | None = None) -> Loaded:
@@ -67,11 +88,12 @@ def load(settings: Settings, encoder: ServingEncoder | None = None) -> Loaded:
         UnknownEncoder, HubUnreachable, CheckpointError: the encoder cannot be loaded.
         NonFiniteEmbedding: it does not work.
         FingerprintMismatch: a published snapshot or the policy file was made by another encoder; names both.
-        IndexerError: a published snapshot is damaged.
+        IndexerError: a published snapshot is damaged, or the catalogue cannot be opened.
         PolicyError: the policy file is absent or damaged.
     """
     keys = KeyRing(settings.keys_file)
     rules_of(settings), RateLimits(settings.rate_limit)  # what is wrong with them is said before the encoder is loaded
+    hooks = () if settings.webhooks_file is None else read_webhooks(settings.webhooks_file)
     calibrated = None if settings.policy_file is None else CalibratedPolicy.load(settings.policy_file)
     if encoder is None:
         served = serve_on(devices(settings), lambda device: _load_encoder(settings, device), settings)
@@ -81,16 +103,54 @@ def load(settings: Settings, encoder: ServingEncoder | None = None) -> Loaded:
     fingerprint = served[0].encoder.fingerprint
     if calibrated is not None:
         calibrated.require_encoder(fingerprint, f"calibrated policy {settings.policy_file}")
-    published = Published(settings.pools, fingerprint)
+    published, catalog = open_collections(settings, served[0].encoder)
     if calibrated is not None:
         _compare_pools(calibrated, published)
-    return Loaded(served, published, keys, calibrated)
+    return Loaded(served, published, catalog, keys, calibrated, hooks, _candidate(settings))
+
+
+def open_collections(settings: Settings, encoder: ServingEncoder) -> tuple[Published, Catalog | None]:
+    """The collections under an encoder, and the catalogue of their changes; errors are those of `load`."""
+    stamp = Stamp(encoder.name, encoder.fingerprint, encoder.dim)
+    published = Published(settings.pools, stamp, lambda embeddings: build_index(embeddings, settings.search))
+    catalog = None
+    if settings.catalog_url is not None:
+        catalog = Catalog(Database.open(_catalog_url(settings)), settings.pools, published.base)
+    published.open(catalog)
+    return published, catalog
 
 
 def _load_encoder(settings: Settings, device: str) -> ServingEncoder:
     from perception.catalogue import load_encoder
 
     return load_encoder(settings.encoder, precision=settings.precision, device=device)
+
+
+def _catalog_url(settings: Settings) -> str:
+    """Where the catalogue is, with its password where that is in a file."""
+    url, file = settings.catalog_url, settings.catalog_password_file
+    assert url is not None
+    if file is None:
+        return url
+    try:
+        password = file.read_text().strip()
+        return make_url(url).set(password=password).render_as_string(hide_password=False)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{variable('catalog_password_file')}: {file} cannot be read: {error}") from None
+    except ArgumentError:
+        raise SettingsError(f"{variable('catalog')} is not the address of a database") from None
+
+
+def _candidate(settings: Settings) -> CandidateEncoder | None:
+    """The candidate encoder, on the CPU, where it takes nothing from the one that serves but time that is left."""
+    if settings.shadow_encoder is None or settings.shadow_pools is None:
+        return None
+    from perception.catalogue import load_encoder
+
+    encoder = load_encoder(settings.shadow_encoder, precision=settings.shadow_precision, device="cpu")
+    published = Published(settings.shadow_pools, Stamp(encoder.name, encoder.fingerprint, encoder.dim))
+    published.open(None)
+    return CandidateEncoder(encoder, published)
 
 
 def _compare_pools(calibrated: CalibratedPolicy, published: Published) -> None:
@@ -107,17 +167,11 @@ def _compare_pools(calibrated: CalibratedPolicy, published: Published) -> None:
 
 async def start(settings: Settings, parts: Loaded, metrics: Metrics, stack: AsyncExitStack) -> Runtime:
     """Start the decoding processes and the threads of the replicas; the stack ends them, the threads first."""
+    decoding = DecoderSettings(
+        settings.image_limits, parts.encoder.preprocess, settings.decode_timeout_s, settings.decode_memory_bytes
+    )
     decoder = await stack.enter_async_context(
-        DecoderPool(
-            DecoderSettings(
-                settings.image_limits,
-                parts.encoder.preprocess,
-                settings.decode_timeout_s,
-                settings.decode_memory_bytes,
-            ),
-            workers=settings.decode_workers,
-            replaced=metrics.decoder_replaced,
-        )
+        DecoderPool(decoding, workers=settings.decode_workers, replaced=metrics.decoder_replaced)
     )
     batcher: Batcher[Query, Sighting] = await stack.enter_async_context(
         Batcher(
@@ -132,6 +186,11 @@ async def start(settings: Settings, parts: Loaded, metrics: Metrics, stack: Asyn
     fetcher = await stack.enter_async_context(Fetcher(rules_of(settings)))
     encoder = parts.encoder
     policy = settings.policy if parts.calibrated is None else parts.calibrated.policy
+    books = None
+    if parts.catalog is not None:
+        books = await open_books(
+            settings, parts.catalog, parts.published, parts.hooks, policy, decoding, parts.candidate, metrics, stack
+        )
     pace_s = max(served.seconds_per_image for served in parts.served) / len(parts.served)
     admission = Admission(settings.max_requests, settings.deadline_s, pace_s)
     runtime = Runtime(
@@ -140,6 +199,9 @@ async def start(settings: Settings, parts: Loaded, metrics: Metrics, stack: Asyn
         policy=described_policy(policy, parts.calibrated),
         calibrated=parts.calibrated,
         published=parts.published,
+        rule=policy,
+        books=books,
+        jobs=None,
         classifier=Classifier(
             parts.published, decoder, batcher, fetcher, policy, settings.deadline_s, metrics, admission.answered
         ),
@@ -152,6 +214,9 @@ async def start(settings: Settings, parts: Loaded, metrics: Metrics, stack: Asyn
         metrics=metrics,
     )
     _watch(runtime, decoder)
+    if books is not None:
+        runtime.jobs = job_runner(runtime, books)
+        await write_down(books.editor, settings, runtime.model, runtime.policy, parts.keys.records)
     return runtime
 
 

@@ -70,6 +70,7 @@ class Metrics:
         self._stages = {name: stages.labels(name) for name in get_args(Stage)}
         self._define_verdicts()
         self._define_work()
+        self._define_changes()
         self._snapshots = _Snapshots()
         registry.register(self._snapshots)
         ProcessCollector(registry=registry)
@@ -119,6 +120,31 @@ class Metrics:
         self._limit = Gauge("hardlook_queue_limit", "Entries that a queue has room for.", ["queue"], registry=registry)
         self._state = Gauge("hardlook_state", "1 for the state that the service is in.", ["state"], registry=registry)
         self._build = Info("hardlook_build", "What is running.", registry=registry)
+
+    def _define_changes(self) -> None:
+        registry = self._registry
+        self._recorded = Counter(
+            "hardlook_decisions_recorded_total", "Verdicts on their way into the audit log.", ["outcome"],
+            registry=registry,
+        )  # fmt: skip
+        self._shadowed = Counter(
+            "hardlook_shadow_total",
+            "Images that a candidate judged too: whether it agrees, or what it would have answered.",
+            ["candidate", "outcome"],
+            registry=registry,
+        )
+        self._webhooks = Counter(
+            "hardlook_webhook_attempts_total", "Attempts to deliver a message.", ["hook", "result"], registry=registry
+        )
+        self._quarantined = Counter(
+            "hardlook_quarantined_total", "Exemplars that were taken out for matching too much.", registry=registry
+        )
+        self._revision = Gauge(
+            "hardlook_catalog_revision", "Number of the last change that is seen here.", registry=registry
+        )
+        self._waiting = Gauge(
+            "hardlook_waiting", "What waits for the catalogue, or to be delivered.", ["what"], registry=registry
+        )
 
     def render(self, accept: str | None = None) -> tuple[bytes, str]:
         """All metrics, and their content type.
@@ -197,6 +223,28 @@ class Metrics:
     def fetched(self, outcome: Literal["ok", "disabled", "refused", "failed", "timeout"]) -> None:
         """Count an image that was fetched from a URL, or was not."""
         self._fetches.labels(outcome).inc()
+
+    def recorded(self, outcome: str, n: int) -> None:
+        """Count verdicts by what became of them; outcomes are those of `service.recording`."""
+        self._recorded.labels(outcome).inc(n)
+
+    def shadowed(self, candidate: str, outcome: str) -> None:
+        """Count an image that a candidate judged; outcomes are those of `service.shadow`."""
+        self._shadowed.labels(candidate, outcome).inc()
+
+    def webhook(self, hook: str, result: str) -> None:
+        """Count an attempt to deliver a message; results are those of `service.webhooks`."""
+        self._webhooks.labels(hook, result).inc()
+
+    def quarantined(self) -> None:
+        """Count an exemplar that the flood guard took out of searches."""
+        self._quarantined.inc()
+
+    def watch_catalog(self, revision: Callable[[], int], waiting: Mapping[str, Callable[[], int]]) -> None:
+        """Show how far the catalogue is, and what waits for it, asked for at each scrape."""
+        self._revision.set_function(revision)
+        for what, depth in waiting.items():
+            self._waiting.labels(what).set_function(depth)
 
     def watch_queue(self, name: str, depth: Callable[[], int], limit: int) -> None:
         """Show the depth of a queue, asked for at each scrape."""

@@ -24,16 +24,20 @@ _REQUEST_ID = "b0c7a1e2d3f44556a7b8c9d0e1f20314"
 _PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
 
 
-class _Request(BaseModel):
+class Request(BaseModel):
+    """What a caller sends: unknown members are refused."""
+
     model_config = ConfigDict(extra="forbid")
 
 
-class _Answer(BaseModel):
+class Answer(BaseModel):
+    """What the service answers."""
+
     # Unknown members are ignored, so that a client reads what a newer service answers.
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class ClassifyParameters(_Request):
+class ClassifyParameters(Request):
     """Parameters of /classify; in the query string, or in a JSON or multipart body."""
 
     k: int | None = Field(
@@ -45,7 +49,7 @@ class ClassifyParameters(_Request):
     )
 
 
-class SimilarParameters(_Request):
+class SimilarParameters(Request):
     """Parameters of /similar; in the query string, or in a JSON or multipart body."""
 
     gallery: str | None = Field(
@@ -67,7 +71,7 @@ def _present(name: str, absent: str) -> dict[str, Any]:
     return {"required": [name], "properties": {name: {"type": "string"}, absent: {"type": "null"}}}
 
 
-class ImageData(_Request):
+class ImageData(Request):
     """One image in a JSON body: its file, or where to fetch it."""
 
     model_config = ConfigDict(
@@ -114,7 +118,7 @@ class SimilarBody(SimilarParameters):
     text: str | None = Field(None, max_length=MAX_TEXT_CHARS, description="What the images should show.")
 
 
-class Problem(_Answer):
+class Problem(Answer):
     """RFC 9457 problem details; some types have members of their own."""
 
     model_config = ConfigDict(
@@ -142,7 +146,7 @@ class Problem(_Answer):
     request_id: str
 
 
-class Model(_Answer):
+class Model(Answer):
     """The encoder that answers."""
 
     name: str = Field(examples=["hf-hub:chs20/FARE4-convnext_base_w-laion2B-s13B-b82K-augreg"])
@@ -150,15 +154,18 @@ class Model(_Answer):
     precision: Precision
 
 
-class SnapshotVersion(_Answer):
-    """The published version of a collection that was searched."""
+class SnapshotVersion(Answer):
+    """The state of a collection that was searched."""
 
     collection: str = Field(examples=["pools"])
-    version: str = Field(examples=["4b1f0c9d2e8a7356"])
+    version: str = Field(
+        examples=["4b1f0c9d2e8a7356"], description="Every state has its own; equal ones have equal exemplars."
+    )
+    revision: int = Field(0, description="Entry of the audit log that made it; 0 without a log.", examples=[17])
     created_at: str = Field(examples=["2026-11-21T09:30:00+00:00"])
 
 
-class Policy(_Answer):
+class Policy(Answer):
     """The decision rule and its parameters; equal versions decide equally. The last three are of a calibrated one."""
 
     version: str = Field(examples=["nearest-3f5a9c0e1b2d"])
@@ -175,7 +182,7 @@ class Policy(_Answer):
     )
 
 
-class Image(_Answer):
+class Image(Answer):
     """The image as decoded; width and height are upright."""
 
     format: str = Field(examples=["JPEG"])
@@ -184,7 +191,7 @@ class Image(_Answer):
     frames_in_file: int = Field(examples=[1])
 
 
-class DecidingFrame(_Answer):
+class DecidingFrame(Answer):
     """The frame that decided: of an animation, or of an image that looks different on light and dark pages."""
 
     index: int = Field(description="0-based.", examples=[0])
@@ -192,7 +199,7 @@ class DecidingFrame(_Answer):
     frames_examined: int = Field(description="Frames and backgrounds that have a verdict.", examples=[1])
 
 
-class FlipRateItem(_Answer):
+class FlipRateItem(Answer):
     """How often verdicts with such a margin flipped when the policy was audited, under one attack."""
 
     norm: Norm
@@ -203,7 +210,7 @@ class FlipRateItem(_Answer):
     n: int = Field(description="Audited verdicts with such a margin.", examples=[50])
 
 
-class NeighborItem(_Answer):
+class NeighborItem(Answer):
     """One exemplar near the image."""
 
     id: str = Field(examples=["dog-0017"])
@@ -214,7 +221,15 @@ class NeighborItem(_Answer):
     metadata: dict[str, str] = Field(examples=[{}])
 
 
-class ItemError(_Answer):
+class SuppressedItem(Answer):
+    """An exemplar that is no evidence here, since the image is near a suppress item."""
+
+    id: str = Field(examples=["dog-0017"])
+    by: str = Field(description="The suppress item.", examples=["suppress-81f0"])
+    similarity: float = Field(description="Cosine of the image and the suppress item.", examples=[0.97])
+
+
+class ItemError(Answer):
     """One image of several that could not be answered."""
 
     id: str
@@ -222,7 +237,7 @@ class ItemError(_Answer):
     error: Problem
 
 
-class ClassifyItem(_Answer):
+class ClassifyItem(Answer):
     """The verdict on one image."""
 
     id: str = Field(examples=["avatar"])
@@ -241,6 +256,9 @@ class ClassifyItem(_Answer):
     frame: DecidingFrame
     image: Image
     neighbors: list[NeighborItem] = Field(description="The nearest of each pool, most similar first.")
+    suppressed: list[SuppressedItem] = Field(
+        default_factory=list, description="What suppress items took away from the evidence."
+    )
     flip_rate_at_eps: list[FlipRateItem] | None = Field(
         description="How often verdicts with such a margin flipped in the audit of the calibrated policy, for each "
         "attack; null without such a policy, for `review`, where several frames were examined, and where no audited "
@@ -248,7 +266,7 @@ class ClassifyItem(_Answer):
     )
 
 
-class SimilarItem(_Answer):
+class SimilarItem(Answer):
     """What is similar to one image or prompt."""
 
     id: str
@@ -262,7 +280,7 @@ class SimilarItem(_Answer):
     neighbors: list[NeighborItem] = Field(description="Most similar first.")
 
 
-class ClassifyAnswer(_Answer):
+class ClassifyAnswer(Answer):
     """Answer of /classify: one result or error an image, in the order of the request."""
 
     request_id: str = Field(examples=[_REQUEST_ID])
@@ -272,7 +290,7 @@ class ClassifyAnswer(_Answer):
     results: list[Annotated[ClassifyItem | ItemError, Field(discriminator="status")]]
 
 
-class SimilarAnswer(_Answer):
+class SimilarAnswer(Answer):
     """Answer of /similar: one result or error an image, in the order of the request."""
 
     request_id: str = Field(examples=[_REQUEST_ID])
@@ -282,19 +300,20 @@ class SimilarAnswer(_Answer):
     results: list[Annotated[SimilarItem | ItemError, Field(discriminator="status")]]
 
 
-class Collection(_Answer):
+class Collection(Answer):
     """One published collection."""
 
     name: str = Field(examples=["pools"])
     kind: Literal["pools", "gallery"]
     version: str = Field(examples=["4b1f0c9d2e8a7356"])
+    revision: int = Field(0, examples=[17])
     created_at: str = Field(examples=["2026-11-21T09:30:00+00:00"])
     counts: dict[str, int] = Field(
-        description="Exemplars by label.", examples=[{"buffer": 40, "safe": 900, "unsafe": 310}]
+        description="Exemplars that searches find, by label.", examples=[{"buffer": 40, "safe": 900, "unsafe": 310}]
     )
 
 
-class PoolsAnswer(_Answer):
+class PoolsAnswer(Answer):
     """Answer of /pools."""
 
     request_id: str = Field(examples=[_REQUEST_ID])
@@ -303,19 +322,19 @@ class PoolsAnswer(_Answer):
     collections: list[Collection]
 
 
-class Alive(_Answer):
+class Alive(Answer):
     """Answer of /healthz."""
 
     status: Literal["alive"] = "alive"
 
 
-class Started(_Answer):
+class Started(Answer):
     """Answer of /startupz."""
 
     status: Literal["started"] = "started"
 
 
-class Ready(_Answer):
+class Ready(Answer):
     """Answer of /readyz."""
 
     status: Literal["ready"] = "ready"

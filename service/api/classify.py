@@ -8,11 +8,11 @@ from fastapi import APIRouter, Query, Request
 
 from service.api.documentation import request_body
 from service.api.items import answer_each, bounded_k, count_further
-from service.classifier import RemoteImage
-from service.intake import Upload, merge_parameters, read_submission
+from service.intake import merge_parameters, read_submission
+from service.judging import Judge
 from service.runtime import caller_of, request_id_of, runtime_of, unless_disconnected
-from service.schemas import classify_item, coarse_classify_item, problem_responses, snapshot_version
-from service.wire import SHOWN_NEIGHBORS, ClassifyAnswer, ClassifyBody, ClassifyItem, ClassifyParameters
+from service.schemas import problem_responses, snapshot_version
+from service.wire import SHOWN_NEIGHBORS, ClassifyAnswer, ClassifyBody, ClassifyParameters
 
 router = APIRouter()
 
@@ -37,18 +37,13 @@ async def classify(request: Request, query: Annotated[ClassifyParameters, Query(
         with runtime.metrics.stage("body"):
             submission = await read_submission(request, ClassifyBody, settings)
         shown = bounded_k(merge_parameters(query, submission).k, SHOWN_NEIGHBORS, settings.max_neighbors)
-        await count_further(runtime, caller, submission)
+        await count_further(runtime, caller, len(submission.uploads))
         until_s = asyncio.get_running_loop().time() + settings.deadline_s
 
-        async def work(upload: Upload, source: bytes | RemoteImage) -> ClassifyItem:
-            found = await runtime.classifier.classify(source, snapshot, shown, until_s)
-            if runtime.answers_coarsely(caller, found.sha256, found.embedding):
-                return coarse_classify_item(upload.id, found)
-            return classify_item(upload.id, found, runtime.calibrated)
-
         request_id = request_id_of(request)
+        judge = Judge(runtime, caller, "/classify", request_id, snapshot, shown, until_s)
         with runtime.admission.work_on(len(submission.uploads)):
-            each = answer_each(submission.uploads, work, at_a_time=settings.decode_workers, request_id=request_id)
+            each = answer_each(submission.uploads, judge, at_a_time=settings.decode_workers, request_id=request_id)
             results = await unless_disconnected(request, each)
         request.state.log_fields = {"verdicts": Counter(str(getattr(item, "verdict", "error")) for item in results)}
         return ClassifyAnswer(

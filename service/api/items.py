@@ -9,7 +9,7 @@ from indexer.errors import IndexerError
 from perception.errors import PerceptionError
 from service.classifier import RemoteImage
 from service.errors import InvalidParameter, ServiceError, TooManyImages
-from service.intake import Submission, Upload
+from service.intake import Upload
 from service.keys import Caller
 from service.problems import problem
 from service.runtime import Runtime
@@ -62,7 +62,7 @@ def _result(id: str, outcome: T | BaseException, request_id: str) -> T | ItemErr
     return ItemError(id=id, error=Problem(**problem(outcome, request_id)))
 
 
-async def count_further(runtime: Runtime, caller: Caller, submission: Submission) -> None:
+async def count_further(runtime: Runtime, caller: Caller, images: int) -> None:
     """Count the images of a request after its first, which was counted before its body was read.
 
     Raises:
@@ -70,10 +70,10 @@ async def count_further(runtime: Runtime, caller: Caller, submission: Submission
         TooManyImages: more than it may ever send at once.
     """
     most = runtime.rate_limits.most_at_once(caller)
-    if most is not None and len(submission.uploads) > most:
+    if most is not None and images > most:
         raise TooManyImages(most)
-    if len(submission.uploads) > 1:
-        await runtime.rate_limits.hit(caller, len(submission.uploads) - 1)
+    if images > 1:
+        await runtime.rate_limits.hit(caller, images - 1)
 
 
 def bounded_k(asked: int | None, default: int, limit: int) -> int:

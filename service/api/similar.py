@@ -42,7 +42,7 @@ async def similar(request: Request, query: Annotated[SimilarParameters, Query()]
         search = Search(
             snapshot, bounded_k(parameters.k, FOUND_NEIGHBORS, settings.max_neighbors), label=parameters.pool
         )
-        await count_further(runtime, caller, submission)
+        await count_further(runtime, caller, len(submission.uploads))
         least = -1.0 if parameters.min_similarity is None else parameters.min_similarity
         lookup = _Lookup(runtime, caller, search, least, asyncio.get_running_loop().time() + settings.deadline_s)
         request_id = request_id_of(request)

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ from torch import Tensor
 from perception.encoder import unit_embeddings
 from perception.testing import ToyEncoder, encoded, synthetic_image
 from service.app import create_app
+from service.engine import ServingEncoder
+from service.settings import Settings
 from service.startup import load
 from service.testing import publish, toy_pools, toy_settings
 
 Start = Callable[..., TestClient]
+Serve = Callable[..., TestClient]
 
 
 class ToyText:
@@ -75,26 +79,39 @@ def client(root: Path, encoder: ToyClip) -> Iterator[TestClient]:
     settings = toy_settings(
         root, max_image_bytes=200_000, max_body_bytes=500_000, max_pixels=100_000, max_images_per_request=6
     )
-    with TestClient(create_app(settings, load(settings, encoder)), raise_server_exceptions=False) as client:
+    with served(settings, encoder) as client:
         yield client
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Starts a service over ToyEncoder with settings of its own."""
-    clients: list[TestClient] = []
+    with _starting(tmp_path) as started:
+        yield started
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """Starts a service over published toy pools, in which everybody may do everything."""
+    with _starting(tmp_path, anonymous_scopes=("admin",)) as started:
+        yield started
+
+
+@contextmanager
+def served(settings: Settings, encoder: ServingEncoder) -> Iterator[TestClient]:
+    """A service in this process."""
+    with closing(load(settings, encoder)) as loaded:
+        app = create_app(settings, loaded)
+        with TestClient(app, raise_server_exceptions=False) as client:
+            yield client
+
+
+@contextmanager
+def _starting(root: Path, **defaults: Any) -> Iterator[Start]:
     encoder = ToyEncoder()
-    publish(tmp_path, encoder, toy_pools())
-
-    def started(**changes: Any) -> TestClient:
-        settings = toy_settings(tmp_path, **changes)
-        client = TestClient(create_app(settings, load(settings, encoder)), raise_server_exceptions=False)
-        clients.append(client)
-        return client.__enter__()
-
-    yield started
-    for client in clients:
-        client.__exit__(None, None, None)
+    publish(root, encoder, toy_pools())
+    with ExitStack() as stack:
+        yield lambda **changes: stack.enter_context(served(toy_settings(root, **{**defaults, **changes}), encoder))
 
 
 @pytest.fixture(scope="session")

@@ -90,7 +90,8 @@ def test_answer_names_model_snapshot_policy_and_evidence(
     answer = raw(client, unsafe_png)
     assert answer["model"] == {"name": encoder.name, "fingerprint": encoder.fingerprint, "precision": "fp32"}
     pools = next(c for c in client.get("/pools").json()["collections"] if c["name"] == "pools")
-    assert answer["snapshot"] == {"collection": "pools", "version": pools["version"], "created_at": pools["created_at"]}
+    present = {name: pools[name] for name in ("version", "revision", "created_at")}
+    assert answer["snapshot"] == {"collection": "pools", **present}
     assert answer["policy"]["rule"] == "nearest"
     found = result(answer)
     nearest = found["neighbors"][0]

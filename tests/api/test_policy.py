@@ -9,12 +9,12 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from indexer.store import SnapshotStore
 from perception.encoder import encode_images
 from perception.policy_file import CalibratedPolicy, FlipBin
 from perception.testing import ToyEncoder, encoded, synthetic_image
 from perception.verdict import DecisionPolicy, Neighbor, VerdictLabel
 from service.app import create_app
-from service.published import Published
 from service.startup import load
 from service.testing import toy_settings
 from tests.perception.calibrated_policies import a_policy
@@ -30,7 +30,7 @@ def calibrated(root: Path, encoder: ToyEncoder) -> CalibratedPolicy:
     return a_policy(
         policy=POLICY,
         encoder_fingerprint=encoder.fingerprint,
-        gallery_sha256=Published(root, encoder.fingerprint).pools().to_gallery().sha256,
+        gallery_sha256=SnapshotStore(root, "pools").load(encoder.fingerprint).to_gallery().sha256,
         flips=(
             FlipBin("linf", 4 / 255, 10, VerdictLabel.SAFE, 0.04, 2.0, 5, 20),
             FlipBin("linf", 8 / 255, 10, VerdictLabel.SAFE, 0.04, 2.0, 15, 20),
@@ -57,7 +57,7 @@ def classified(client: TestClient, data: bytes) -> tuple[dict[str, Any], dict[st
 
 
 def library_verdict(root: Path, encoder: ToyEncoder, data: bytes) -> VerdictLabel:
-    gallery = Published(root, encoder.fingerprint).pools().to_gallery()
+    gallery = SnapshotStore(root, "pools").load(encoder.fingerprint).to_gallery()
     similarities = gallery.embeddings @ encode_images(encoder, [data]).numpy()[0]
     rows = zip(gallery.ids, gallery.labels, similarities, strict=True)
     return POLICY.decide(Neighbor(id, label, float(similarity)) for id, label, similarity in rows).label

@@ -16,8 +16,9 @@ from PIL import Image
 from perception.testing import encoded, synthetic_image
 from service.key_file import revoke_key
 from tests.api.conftest import Start
+from tests.api.sending import IMAGE, send
 from tests.api.test_error_shape import assert_problem
-from tests.api.test_every_route import IMAGE, key_of, send
+from tests.service.key_files import key_of
 
 PNG = {"content-type": "image/png"}
 

@@ -16,3 +16,8 @@ def make(path: Path, name: str = "a", scopes: tuple[Scope, ...] = ("classify",),
         next(entry for entry in content["keys"] if entry["id"] == record.id).update(changes)
         path.write_text(json.dumps(content))
     return key
+
+
+def key_of(folder: Path, *scopes: Any, **changes: Any) -> str:
+    """A new key in the file `keys.json` of a folder."""
+    return make(folder / "keys.json", scopes=scopes, **changes)

@@ -1,6 +1,7 @@
 """The engine: whatever travels together, each query gets the library's embedding and its own search."""
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -9,7 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from indexer.catalog.records import Record, embedding_sha256
+from indexer.catalog.state import Stamp, State
 from indexer.contents import Contents, Exemplar
+from indexer.live.suppression import Suppressed
+from indexer.live.view import View
 from indexer.snapshot import Snapshot
 from perception.encoder import encode_images, unit_embeddings
 from perception.errors import NonFiniteEmbedding
@@ -77,6 +82,37 @@ def test_searches_go_where_they_are_told() -> None:
     assert four.neighbors[0].id == "buffer-4"
     assert [n.pool for n in unsafe.neighbors] == ["unsafe"] * 3  # there are three
     assert [n.pool for n in gallery.neighbors] == ["gallery"] * 3
+
+
+def test_a_view_is_searched_as_a_snapshot_is_but_for_what_is_suppressed() -> None:
+    """A false positive is put right: what looks like it is no longer compared with the exemplar that was wrong."""
+    pixels = ENCODER.preprocess.apply(synthetic_image(4))
+    embedding = encode_images(ENCODER, [synthetic_image(4)]).numpy()[0]
+    item = Record(
+        Exemplar("not-this", "suppress"), embedding_sha256(embedding), suppresses=("buffer-4",), min_similarity=0.99
+    )
+    stamp, now = Stamp(ENCODER.name, ENCODER.fingerprint, ENCODER.dim), datetime.now(UTC)
+    state = State("pools", base=POOLS.version)
+    plain = View(state, POOLS, {}, now, stamp)
+    state = state.with_records({item.id: item}, 1)
+    suppressing = View(state, POOLS, {item.embedding_sha256: embedding}, now, stamp)
+    searches = [
+        Search(snapshot, k, each_pool=each_pool)
+        for snapshot in (POOLS, plain, suppressing)
+        for k, each_pool in ((2, True), (4, False))
+    ]
+    of_pools, all_of_pools, of_plain, all_of_plain, evidence, everything = Engine(ENCODER, None).answer(
+        [Query(pixels, search) for search in searches]
+    )
+    assert of_plain.neighbors == of_pools.neighbors
+    assert all_of_plain.neighbors == everything.neighbors == all_of_pools.neighbors  # a search shows all that is there
+    assert all(not sighting.suppressed for sighting in (of_pools, all_of_pools, of_plain, all_of_plain, everything))
+    assert [n.id for n in of_pools.neighbors[2:4]] == ["buffer-4", evidence.neighbors[2].id]
+    assert "buffer-4" not in {n.id for n in evidence.neighbors}
+    assert [n.pool for n in evidence.neighbors] == ["safe", "safe", "buffer", "buffer", "unsafe", "unsafe"]
+    [suppressed] = evidence.suppressed
+    assert suppressed == Suppressed("buffer-4", "not-this", suppressed.similarity_to_item)
+    assert suppressed.similarity_to_item == pytest.approx(1.0, abs=1e-6)
 
 
 def test_a_prompt_needs_a_text_tower() -> None:

@@ -9,6 +9,72 @@ from perception.verdict import DecisionPolicy
 from service.errors import SettingsError
 from service.settings import Settings, read_settings, variable
 
+# What each variable is set to.
+VALUES = {
+    "encoder": "bundled/clean",
+    "precision": "bf16",
+    "device": "cpu",
+    "pools": "elsewhere",
+    "pools_reload_s": "1.5",
+    "host": "0.0.0.0",
+    "port": "0",
+    "log_level": "WARNING",
+    "policy_rule": "vote",
+    "policy_k": "7",
+    "policy_min_similarity": "0.1",
+    "policy_min_margin": "0.2",
+    "policy_min_margin_unsafe": "0.3",
+    "max_image_bytes": "11",
+    "max_body_bytes": "12",
+    "max_pixels": "13",
+    "max_frames": "14",
+    "max_images_per_request": "15",
+    "max_neighbors": "16",
+    "max_batch": "17",
+    "max_queue": "180",
+    "max_requests": "19",
+    "deadline_s": "20.5",
+    "decode_workers": "21",
+    "decode_timeout_s": "22.5",
+    "decode_memory_bytes": "123456789",
+    "replicas": "2",
+    "threads": "3",
+    "shutdown_delay_s": "23.5",
+    "keys_file": "keys.json",
+    "rate_limit": "5/second",
+    "probing_limit": "24",
+    "probing_anonymous": "True",
+    "probing_similarity": "0.9",
+    "probing_window_s": "25.5",
+    "fetch": "True",
+    "fetch_http": "True",
+    "fetch_timeout_s": "26.5",
+    "fetch_max_redirects": "2",
+    "search": "fast",
+    "catalog": "sqlite:///elsewhere.sqlite3",
+    "catalog_password_file": "password",
+    "catalog_poll_s": "0.5",
+    "compact_after": "270",
+    "log_decisions": "False",
+    "traffic_kept": "28",
+    "review_verdicts": "False",
+    "max_open_reviews": "29",
+    "flood_share": "0.3",
+    "flood_least": "30",
+    "flood_window": "310",
+    "shadow_encoder": "bundled/fare4",
+    "shadow_precision": "bf16",
+    "shadow_pools": "candidates",
+    "shadow_share": "0.5",
+    "webhooks_file": "webhooks.toml",
+    "moderations_flag_review": "False",
+    "max_job_images": "32",
+    "max_jobs": "33",
+    "job_bytes": "34",
+    "job_concurrency": "35",
+    "job_results_s": "36.5",
+}
+
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,53 +92,12 @@ def test_defaults_are_the_production_model_and_the_paper_s_rule() -> None:
 
 
 def test_every_field_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = {
-        "encoder": "bundled/clean",
-        "precision": "bf16",
-        "device": "cpu",
-        "pools": "elsewhere",
-        "pools_reload_s": "1.5",
-        "host": "0.0.0.0",
-        "port": "0",
-        "log_level": "WARNING",
-        "policy_rule": "vote",
-        "policy_k": "7",
-        "policy_min_similarity": "0.1",
-        "policy_min_margin": "0.2",
-        "policy_min_margin_unsafe": "0.3",
-        "max_image_bytes": "11",
-        "max_body_bytes": "12",
-        "max_pixels": "13",
-        "max_frames": "14",
-        "max_images_per_request": "15",
-        "max_neighbors": "16",
-        "max_batch": "17",
-        "max_queue": "180",
-        "max_requests": "19",
-        "deadline_s": "20.5",
-        "decode_workers": "21",
-        "decode_timeout_s": "22.5",
-        "decode_memory_bytes": "123456789",
-        "replicas": "2",
-        "threads": "3",
-        "shutdown_delay_s": "23.5",
-        "keys_file": "keys.json",
-        "rate_limit": "5/second",
-        "probing_limit": "24",
-        "probing_anonymous": "True",
-        "probing_similarity": "0.9",
-        "probing_window_s": "25.5",
-        "fetch": "True",
-        "fetch_http": "True",
-        "fetch_timeout_s": "26.5",
-        "fetch_max_redirects": "2",
-    }
     lists = {"anonymous_scopes", "trusted_proxies", "fetch_hosts"}
-    assert values.keys() == Settings.model_fields.keys() - {"policy_file"} - lists  # the file stands in place of others
-    for field, value in values.items():
+    assert VALUES.keys() == Settings.model_fields.keys() - {"policy_file"} - lists  # the file stands in place of others
+    for field, value in VALUES.items():
         monkeypatch.setenv(variable(field), value)
     settings = read_settings(os.environ)
-    for field, value in values.items():
+    for field, value in VALUES.items():
         assert str(getattr(settings, field)) == value, field
     assert settings.policy == DecisionPolicy("vote", 7, 0.1, 0.2, 0.3)
     assert (settings.image_limits.max_bytes, settings.image_limits.max_pixels, settings.image_limits.max_frames) == (
@@ -147,6 +172,18 @@ def test_variables_of_offline_jobs_are_not_ours(monkeypatch: pytest.MonkeyPatch)
         ("HARDLOOK_MAX_NEIGHBORS", "1001"),
         ("HARDLOOK_DECODE_WORKERS", "0"),
         ("HARDLOOK_LOG_LEVEL", "verbose"),
+        ("HARDLOOK_SEARCH", "best"),
+        ("HARDLOOK_COMPACT_AFTER", "99"),
+        ("HARDLOOK_CATALOG_POLL_S", "0"),
+        ("HARDLOOK_LOG_DECISIONS", "perhaps"),
+        ("HARDLOOK_TRAFFIC_KEPT", "-1"),
+        ("HARDLOOK_FLOOD_SHARE", "1"),
+        ("HARDLOOK_FLOOD_SHARE", "nan"),
+        ("HARDLOOK_FLOOD_WINDOW", "9"),
+        ("HARDLOOK_SHADOW_SHARE", "0"),
+        ("HARDLOOK_MAX_JOB_IMAGES", "100001"),
+        ("HARDLOOK_JOB_CONCURRENCY", "0"),
+        ("HARDLOOK_JOB_RESULTS_S", "inf"),
     ],
 )
 def test_a_value_that_does_not_fit_names_its_variable(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
@@ -166,6 +203,8 @@ def test_a_value_that_does_not_fit_names_its_variable(monkeypatch: pytest.Monkey
         ("HARDLOOK_POLICY_MIN_MARGIN_UNSAFE", "3", "min_margin_unsafe"),
         ("HARDLOOK_MAX_QUEUE", "8", "MAX_QUEUE"),
         ("HARDLOOK_MAX_FRAMES", "60", "MAX_QUEUE"),
+        ("HARDLOOK_SHADOW_ENCODER", "bundled/fare4", "HARDLOOK_SHADOW_ENCODER and HARDLOOK_SHADOW_POOLS go together"),
+        ("HARDLOOK_SHADOW_POOLS", "candidates", "HARDLOOK_SHADOW_ENCODER and HARDLOOK_SHADOW_POOLS go together"),
     ],
 )
 def test_values_that_do_not_fit_together(monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str) -> None:
@@ -174,6 +213,24 @@ def test_values_that_do_not_fit_together(monkeypatch: pytest.MonkeyPatch, name: 
         monkeypatch.setenv("HARDLOOK_MAX_QUEUE", "100")
     with pytest.raises(SettingsError, match=said):
         read_settings(os.environ)
+
+
+@pytest.mark.parametrize(
+    ("value", "url"),
+    [
+        (None, "sqlite:///elsewhere/catalog.sqlite3"),
+        ("", "sqlite:///elsewhere/catalog.sqlite3"),
+        ("postgresql://db/hardlook", "postgresql://db/hardlook"),
+        ("off", None),
+    ],
+)
+def test_the_catalogue_is_with_the_pools_unless_said_otherwise(
+    monkeypatch: pytest.MonkeyPatch, value: str | None, url: str | None
+) -> None:
+    monkeypatch.setenv("HARDLOOK_POOLS", "elsewhere")
+    if value is not None:
+        monkeypatch.setenv("HARDLOOK_CATALOG", value)
+    assert read_settings(os.environ).catalog_url == url
 
 
 def test_settings_do_not_change() -> None:
