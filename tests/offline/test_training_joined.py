@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -191,7 +190,7 @@ def test_forked_processes_and_copies_read_the_same(tmp_path: Path) -> None:
 def test_a_set_keeps_no_file_open(tmp_path: Path) -> None:
     images = joined(one_of_each(tmp_path))
     table_of(images)
-    opened = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    opened = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
     assert not [path for path in opened if path.startswith(str(tmp_path))]
 
 
