@@ -86,11 +86,12 @@ def present_view(root: Path, catalog: Catalog | None, collection: str) -> View:
     """
     store = SnapshotStore(root, collection)
     state = State(collection) if catalog is None else catalog.state(collection)
-    publications = len(store.history())
-    if publications > state.history:
-        manifest = store.manifest()
+    published = (root / collection).is_dir() and collection in collections(root)
+    version, history = store.publication() if published else ("", 0)
+    if history > state.history:
+        manifest = store.manifest(version)
         stamp = Stamp(manifest.encoder_name, manifest.encoder_fingerprint, manifest.dim)
-        state = replace(state, base=manifest.version, encoder=stamp, history=publications)
+        state = replace(state, base=version, encoder=stamp, history=history)
     if state.encoder is None:
         known = {*(collections(root) if root.is_dir() else ()), *(catalog.states if catalog is not None else ())}
         raise UnknownCollection(collection, known)

@@ -174,6 +174,19 @@ class SnapshotStore:
                 raise SnapshotError(self._history, f"line {number} is damaged") from error
         return tuple(entries)
 
+    def publication(self) -> tuple[str, int]:
+        """The version that is served, and the number of its line of history; 0 where it has none.
+
+        A line is written before its version becomes current, so that a line beyond that number is no publication yet.
+
+        Raises:
+            UnknownCollection: nothing was ever published.
+            SnapshotError: the store is damaged.
+        """
+        version = self.current_version()
+        lines = [number for number, entry in enumerate(self.history(), start=1) if entry.version == version]
+        return version, lines[-1] if lines else 0
+
     def manifest(self, version: str | None = None) -> Manifest:
         """The manifest of a version, the current one where None. Errors are those of `load`."""
         return read_manifest(self._folder_of(version or self.current_version()))

@@ -112,11 +112,7 @@ class Published:
         """
         found = []
         for name in collections(self.root) if self.root.is_dir() else ():
-            store = SnapshotStore(self.root, name)
-            version = store.current_version()
-            # A publication writes its line before it becomes current: what is not current yet is not news.
-            lines = [number for number, entry in enumerate(store.history(), start=1) if entry.version == version]
-            history = lines[-1] if lines else 0
+            version, history = SnapshotStore(self.root, name).publication()
             state = State(name) if self._catalog is None else self._catalog.state(name)
             if history > state.history:
                 self.base(name, version)  # loaded before anybody waits for it
