@@ -63,7 +63,7 @@ def catch(
     *,
     limit: int,
     examined: int = EXAMINED,
-    between: Callable[[], None] = lambda: None,
+    enough: Callable[[], bool] = lambda: False,
 ) -> RetroactiveMatches:
     """Find the recent decisions that one exemplar changes: that was added, moved, or takes part again.
 
@@ -77,7 +77,7 @@ def catch(
         before, after: the pools without the change and with it.
         limit: how many to return at most.
         examined: how many candidates to search at most.
-        between: called after each batch of searches; what it raises ends the work.
+        enough: asked after each batch of searches; where it says so, the work ends with what was found by then.
 
     Raises:
         ValueError: the embeddings are of another length than those of the views.
@@ -94,7 +94,8 @@ def catch(
         for row, old, new in _changed(recent, rows, policy, before, after):
             found.append(Caught(recent.seen[row], float(similarities[row]), old, new))
         searched += len(rows)
-        between()
+        if enough():
+            break
     complete = searched == len(candidates) and len(found) <= limit
     return RetroactiveMatches(tuple(found[:limit]), len(recent), len(candidates), complete)
 

@@ -134,7 +134,9 @@ async def keep_compact(settings: Settings, editor: Editor, published: Published)
     while True:
         await asyncio.sleep(settings.pools_reload_s)
         for name, view in published.snapshots.items():
-            if len(view.state.records) < settings.compact_after:
+            # Notes, disabled exemplars and suppress items stay on top of any snapshot, however many there are.
+            movable = sum(record is None or record.is_plain for record in view.state.records.values())
+            if movable < settings.compact_after:
                 continue
             try:
                 await _compact(editor, published, name)

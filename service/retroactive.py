@@ -1,20 +1,21 @@
 """Retroactive matching: an exemplar was added; which of the recent requests would have been answered otherwise?"""
 
 import asyncio
+import time
 from collections.abc import Sequence
 
 from indexer.catalog.clock import text_of
 from indexer.catalog.edits import Add, Note
 from indexer.catalog.traffic import recent
 from indexer.live.view import View
-from indexer.retroactive import EXAMINED, RetroactiveMatches, catch
+from indexer.retroactive import RetroactiveMatches, catch
 from service.runtime import Runtime
 from service.webhooks import Event
 from service.wire_collections import CaughtItem, Retroactive
 
 _LISTED = 100
-_SETTLE_S = 0.5
-_LEAST_EXAMINED, _ROWS_IN_A_SECOND = 8, 20_000_000
+_SETTLE_S = 0.2
+_LOOK_S = 0.3
 _ADDITIONS = 20  # of one request that are looked at: each costs a pass over recent traffic
 
 
@@ -42,12 +43,21 @@ async def retroactive_of(
         lambda connection: recent(connection, encoder_fingerprint=after.encoder_fingerprint, limit=kept)
     )
 
-    # Each recent request that may have changed is searched for again, which takes longer the larger the pools are.
-    examined = max(_LEAST_EXAMINED, min(EXAMINED, _ROWS_IN_A_SECOND // max(1, len(after) * len(additions))))
+    # Each recent request that may have changed is searched for again, which takes longer the larger the pools are: the
+    # addition counts already, and whoever made it should not wait long for this.
+    until_s = time.monotonic() + _LOOK_S
 
     def look() -> list[RetroactiveMatches]:
         return [
-            catch(seen, edit.embedding, runtime.rule, before, after, limit=_LISTED, examined=examined)
+            catch(
+                seen,
+                edit.embedding,
+                runtime.rule,
+                before,
+                after,
+                limit=_LISTED,
+                enough=lambda: time.monotonic() > until_s,
+            )
             for edit in additions[:_ADDITIONS]
         ]
 

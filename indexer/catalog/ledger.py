@@ -4,7 +4,6 @@ Owns the order of things: the log's lock, what others wrote meanwhile, the edit,
 is durable; one that failed has changed nothing. Several processes may have the same catalogue open.
 """
 
-import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +19,11 @@ from indexer.catalog.chain import Draft, Entry
 from indexer.catalog.clock import now, text_of
 from indexer.catalog.database import Database
 from indexer.catalog.edits import Rebase
-from indexer.catalog.records import canonical_json, embedding_bytes, embedding_from
+from indexer.catalog.records import embedding_bytes, embedding_from
+from indexer.catalog.replaying import Replay, save_checkpoint
 from indexer.catalog.situation import Base, Change, Edit, Situation
 from indexer.catalog.state import State, replay
-from indexer.catalog.tables import chains, checkpoints, embeddings, entries
+from indexer.catalog.tables import chains, embeddings, entries
 from indexer.errors import CatalogError, ContentsError, IndexerError
 from indexer.store import SnapshotStore
 from perception.errors import PerceptionError
@@ -33,8 +33,7 @@ CHANGES: Chain = "changes"
 VERSION_KINDS = ("version.publish", "version.base", "version.rollback", "version.compact")
 _NAMED_KINDS = ("version.publish", "version.rollback")  # whose subject is the version that they leave
 PUBLISHER = "hardlook-index"  # the actor of what is published offline
-_CHECKPOINT_EVERY = 2000  # entries of a collection: what a start has to replay at most
-_PAGE = 1000  # entries that are read at a time
+_CHECKPOINT_EVERY = 1000  # entries of a collection: what a start has to replay at most
 _HASHES_AT_A_TIME = 500  # SQLite's limit of parameters is far above
 Refusal = IndexerError | PerceptionError
 LoadBase = Callable[[str, str], Base]
@@ -158,14 +157,13 @@ class Catalog:
         if connection is None:
             with self.database.reading() as reading:
                 return self.state_at(collection, revision, reading)
-        state = _checkpoint(connection, collection, revision)
-        return self._replayed(connection, state, revision)
+        return Replay(connection, collection).state_at(revision)
 
     def replayed(self, collection: str) -> State:
         """The present state from an empty one and the log alone, without checkpoints; errors are those of `follow`."""
         with self.database.reading() as connection:
             head = chain.head(connection, CHANGES).seq
-            return self._replayed(connection, State(collection), head, checkpoints_too=False)
+            return Replay(connection, collection, checkpoints_too=False).state_at(head)
 
     def revision_of(self, collection: str, version: str, connection: Connection | None = None) -> int | None:
         """The newest revision at which a collection had a version; None where it never had it."""
@@ -230,27 +228,8 @@ class Catalog:
         self._states, self._seen = states, seen
         return changed
 
-    def _replayed(self, connection: Connection, state: State, revision: int, *, checkpoints_too: bool = True) -> State:
-        """Carry a state on to a revision."""
-        after = state.revision
-        while True:
-            page = chain.read(
-                connection, CHANGES, after=after, before=revision + 1, limit=_PAGE, collection=state.collection
-            )
-            for entry in page:
-                state = self._next(connection, state, entry, checkpoints_too=checkpoints_too)
-            if len(page) < _PAGE:
-                return state
-            after = page[-1].seq
-
-    def _next(
-        self, connection: Connection, state: State | None, entry: Entry, *, checkpoints_too: bool = True
-    ) -> State:
-        def earlier(revision: int) -> State:
-            if checkpoints_too:
-                return self.state_at(entry.collection, revision, connection)
-            return self._replayed(connection, State(entry.collection), revision, checkpoints_too=False)
-
+    def _next(self, connection: Connection, state: State | None, entry: Entry) -> State:
+        earlier = Replay(connection, entry.collection).state_at
         return replay(state or State(entry.collection), entry.seq, entry.time, entry.kind, entry.body, earlier)
 
     def _base_of(self, state: State) -> Base | None:
@@ -332,22 +311,5 @@ class _Transaction:
         if entry.seq != seq:
             raise ContentsError(f"the log is at {entry.seq}, expected {seq}")
         if name and after.revision // _CHECKPOINT_EVERY != state.revision // _CHECKPOINT_EVERY:
-            _save_checkpoint(connection, after)
+            save_checkpoint(connection, after)
         return entry, after
-
-
-def _checkpoint(connection: Connection, collection: str, revision: int) -> State:
-    """The newest checkpoint up to a revision, or the state before the first entry."""
-    query = (
-        select(checkpoints.c.state)
-        .where(checkpoints.c.collection == collection, checkpoints.c.revision <= revision)
-        .order_by(checkpoints.c.revision.desc())
-        .limit(1)
-    )
-    text = connection.execute(query).scalar()
-    return State(collection) if text is None else State.from_json(json.loads(text))
-
-
-def _save_checkpoint(connection: Connection, state: State) -> None:
-    values = {"collection": state.collection, "revision": state.revision, "state": canonical_json(state.to_json())}
-    connection.execute(insert(checkpoints).values(**values))

@@ -127,18 +127,18 @@ def test_nothing_recent() -> None:
     assert (found.caught, found.recent, found.candidates, found.complete) == ((), 0, 0, True)
 
 
-def test_the_caller_gets_a_word_in_between_and_may_end_it() -> None:
+def test_the_caller_is_asked_in_between_and_may_end_it() -> None:
     view, recent = crowd(200, 30, 8)
     calls: list[None] = []
     policy = DecisionPolicy("vote", 3)  # all are candidates
-    catch(recent, unit(5, 1, 8)[0], policy, view, view, limit=10, between=lambda: calls.append(None))
+
+    def never() -> bool:
+        calls.append(None)
+        return False
+
+    assert catch(recent, unit(5, 1, 8)[0], policy, view, view, limit=10, enough=never).complete
     assert len(calls) == 7  # 200 in batches of 32
-
-    def end() -> None:
-        raise TimeoutError
-
-    with pytest.raises(TimeoutError):
-        catch(recent, unit(5, 1, 8)[0], policy, view, view, limit=10, between=end)
+    assert not catch(recent, unit(5, 1, 8)[0], policy, view, view, limit=10, enough=lambda: True).complete
 
 
 def test_ten_thousand_decisions_are_looked_through_quickly() -> None:

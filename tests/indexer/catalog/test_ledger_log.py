@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -198,3 +199,24 @@ def test_a_database_that_fails_leaves_the_states_as_they_were(tmp_path: Path) ->
             connection.exec_driver_sql("ALTER TABLE elsewhere RENAME TO embeddings")
         make(catalog, add("b"))
         assert catalog.replayed("pools") == catalog.state("pools")
+
+
+def test_replaying_takes_a_step_for_each_entry_however_often_it_went_back(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Making each state anew that an entry goes back to would take twice as long with each such entry."""
+    make(catalog, Create("pools", STAMP))
+    for number in range(30):
+        make(catalog, add(f"e{number}"))
+        revision = catalog.state("pools").revision
+        make(catalog, add(f"f{number}"), Rollback("pools", revision))
+    steps = 0
+
+    def counted(*arguments: Any) -> State:
+        nonlocal steps
+        steps += 1
+        return replay(*arguments)
+
+    monkeypatch.setattr("indexer.catalog.replaying.replay", counted)
+    assert catalog.replayed("pools") == catalog.state("pools")
+    assert steps == 1 + 3 * 30
