@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from indexer.catalog import CATALOG_FILE
 from indexer.catalog.clock import now
 from indexer.catalog.database import Database
 from indexer.catalog.edits import Rebase
@@ -23,7 +24,6 @@ from indexer.live.collection import LiveCollection
 from indexer.live.view import View
 from indexer.store import SnapshotStore, collections
 
-CATALOG_FILE = "catalog.sqlite3"
 _SQLITE = "sqlite:///"
 
 

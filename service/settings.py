@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from indexer.catalog import CATALOG_FILE
 from perception.image import ImageLimits
 from perception.verdict import DecisionPolicy
 from service.errors import SettingsError
@@ -18,7 +19,6 @@ PREFIX = "HARDLOOK_"
 # Variables of offline jobs and of the client, which may be set in the same shell.
 _FOREIGN = ("HARDLOOK_DATA", "HARDLOOK_URL", "HARDLOOK_API_KEY")
 _MIB = 1024 * 1024
-CATALOG_FILE = "catalog.sqlite3"
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 

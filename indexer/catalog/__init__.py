@@ -2,3 +2,5 @@
 
 Owns the log of changes and decisions, and what is derived from it: states of collections, reviews, jobs, deliveries.
 """
+
+CATALOG_FILE = "catalog.sqlite3"  # of SQLite, in the folder of the collections
