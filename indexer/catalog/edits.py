@@ -211,7 +211,7 @@ class Rollback(Edit):
         earlier = situation.state_at(revision)
         if earlier.encoder is None:
             raise EditRefused(self.collection, f"it did not exist at revision {revision}")
-        if earlier.encoder != situation.state.encoder:
+        if earlier.encoder.fingerprint != situation.encoder().fingerprint:  # one encoder may go by several names
             raise EditRefused(self.collection, f"the {_version_or_revision(self.to)} is of another encoder")
         if earlier.version == situation.state.version:
             return None

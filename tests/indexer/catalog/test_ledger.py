@@ -183,6 +183,18 @@ def test_going_back_gives_exactly_what_was(catalog: Catalog, tmp_path: Path) -> 
     assert catalog.replayed("pools") == catalog.state("pools")
 
 
+def test_going_back_looks_at_the_encoder_not_at_its_name(catalog: Catalog, tmp_path: Path) -> None:
+    make(catalog, Rebase("pools", published_base(tmp_path, ("s", "safe")), STAMP, 1))
+    first = catalog.state("pools")
+    other = published_base(tmp_path, ("t", "safe"))
+    make(catalog, Rebase("pools", other, replace(STAMP, name="the same by another name"), 2))
+    make(catalog, Rollback("pools", first.version))
+    assert catalog.state("pools").version == first.version
+    make(catalog, Rebase("pools", other, replace(STAMP, fingerprint="other"), 3))
+    with pytest.raises(EditRefused, match="another encoder"):
+        make(catalog, Rollback("pools", first.version))
+
+
 def test_a_base_exemplar_is_changed_without_its_snapshot(catalog: Catalog, tmp_path: Path) -> None:
     base = published_base(tmp_path, ("s", "safe"), ("u", "unsafe"))
     make(catalog, Rebase("pools", base, STAMP, 1))
