@@ -3,6 +3,7 @@
 import asyncio
 import ssl
 import time
+from abc import ABC, abstractmethod
 from typing import Any, Generic, Literal, Self, TypeVar
 
 import httpx
@@ -35,7 +36,7 @@ MAX_ANSWER_BYTES = 64 * _MIB
 _GATEWAY_STATUSES = (502, 503, 504)
 
 
-class _Client(Generic[TransportT]):
+class _Client(ABC, Generic[TransportT]):
     """What both clients are given.
 
     Args:
@@ -79,8 +80,9 @@ class _Client(Generic[TransportT]):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.base_url!r})"
 
+    @abstractmethod
     def _open(self, **arguments: Any) -> None:
-        raise NotImplementedError
+        """Open connections with the arguments of an httpx client."""
 
     def _classify_call(self, images: Images, k: int | None) -> Call[ClassifyAnswer]:
         return classify_call(load_images(images, self._max_image_bytes), k)
