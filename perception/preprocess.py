@@ -4,7 +4,7 @@ Owns resizing and cropping, with Pillow alone, so that decoding workers need no 
 normalisation by mean and std happens inside the encoder.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -50,6 +50,19 @@ class PreprocessSpec:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for manifests and fingerprints."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> "PreprocessSpec":
+        """What `as_dict` gave, also after a way through JSON.
+
+        Raises:
+            ValueError: not such a table.
+        """
+        try:
+            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
+            return cls(**fields)
+        except (AttributeError, TypeError) as error:
+            raise ValueError(str(error)) from error
 
     def apply(self, image: Image.Image) -> NDArray[np.uint8]:
         """Resize and crop one RGB image.

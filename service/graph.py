@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from perception.encoder import unit_embeddings
-from perception.encoders.tower import TowerEncoder
+from perception.encoders.tower import PRECISIONS, TowerEncoder
 from service.engine import ServingEncoder
 
 _log = logging.getLogger("hardlook.graph")
@@ -31,26 +31,41 @@ class GraphEncoder:
         self._tower, self._graph = tower, graph
         self.name, self.dim, self.fingerprint = tower.name, tower.dim, tower.fingerprint
         self.preprocess, self.precision, self.device = tower.preprocess, tower.precision, tower.device
+        self.lipschitz, self.bias_dim = tower.lipschitz, tower.bias_dim
 
     @property
     def text(self) -> object:
         """See `TowerEncoder.text`; its errors are passed on."""
         return self._tower.text
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """See `perception.encoder.Encoder.encode`; not differentiable."""
+    def features(self, pixels: Tensor) -> Tensor:
+        """See `TowerEncoder.features`; not differentiable."""
         # Otherwise the first batches of each size would be used to find other kernels, with other bits.
         with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
-            return unit_embeddings(self._graph(pixels))
+            found: Tensor = self._graph(pixels)
+        return found
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """See `perception.encoder.Encoder.encode`; not differentiable."""
+        return unit_embeddings(self.features(pixels))
 
 
 class _Features(nn.Module):
+    """What `TowerEncoder.features` computes, without the rest of an encoder, of which a tracer asks too much."""
+
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, tower: TowerEncoder) -> None:
         super().__init__()
-        self.tower = tower
+        self.visual, self.dtype = tower.visual, PRECISIONS[tower.precision]
+        self.register_buffer("mean", tower.get_buffer("mean"))
+        self.register_buffer("std", tower.get_buffer("std"))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.tower.features(pixels)
+        """(b, 3, h, w) in [0, 1] -> (b, d) float32."""
+        features: Tensor = self.visual(((pixels.to(self.mean.device) - self.mean) / self.std).to(self.dtype))
+        return features.float()
 
 
 def as_graph(encoder: ServingEncoder, batches: Sequence[int]) -> ServingEncoder:

@@ -73,6 +73,7 @@ class ClipParts:
         other_state: all else that the file holds, by its names there; empty for visual-only checkpoints.
         tokenizer_source: open_clip tokenizer name; 'local-dir:...' where the checkpoint brings its own.
         origin: path or id, for messages.
+        without_text: why there is no text tower where `other_state` has none; for messages.
     """
 
     model_config: Mapping[str, Any]
@@ -81,6 +82,7 @@ class ClipParts:
     other_state: Mapping[str, Tensor]
     tokenizer_source: str
     origin: str
+    without_text: str = "is a visual-only checkpoint"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ClipParts":
         """Itself: it is frozen, and nothing writes to its tensors."""
@@ -131,6 +133,7 @@ class ClipParts:
         except Exception as error:  # open_clip and timm raise whatever a bad value leads to
             raise CheckpointError(f"{self.origin}: cannot build the visual tower: {error}") from error
         load_strictly(visual, self.visual_state, f"{self.origin}: visual tower")
+        _set_layer_norm_eps(visual, self.model_config, self.origin)
         return visual
 
     def build_text(self, name: str) -> TextEncoder:
@@ -140,7 +143,7 @@ class ClipParts:
             CheckpointError: visual-only checkpoint, or names or shapes that do not fit.
         """
         if not self.text_state:
-            raise CheckpointError(f"{name} has no text tower: {self.origin} is a visual-only checkpoint")
+            raise CheckpointError(f"{name} has no text tower: {self.origin} {self.without_text}")
         import open_clip
         from open_clip.model import _build_text_tower
 
@@ -178,6 +181,28 @@ def read_folder(folder: Path, preprocess: PreprocessSpec | None = None, quick_ge
     other = {k: v for k, v in state.items() if not k.startswith("visual.")}
     spec = preprocess or preprocess_of(model_config, table, str(folder))
     return ClipParts(model_config, spec, visual, other, f"local-dir:{folder}", str(folder))
+
+
+def layer_norm_eps(model_config: Mapping[str, Any]) -> float:
+    """LayerNorm eps of a ViT's blocks and final norm: our own key `layer_norm_eps`, else open_clip's own."""
+    own = model_config.get("layer_norm_eps")
+    norm_kwargs = model_config["vision_cfg"].get("norm_kwargs") or {}
+    return float(norm_kwargs.get("eps", 1e-5) if own is None else own)
+
+
+def _set_layer_norm_eps(visual: nn.Module, model_config: Mapping[str, Any], origin: str) -> None:
+    """Apply our own key `layer_norm_eps`: LoRA adapters were published for ViTs with 1e-6 behind the first LayerNorm.
+
+    open_clip's `norm_kwargs` would change that first one (`ln_pre`) too, so it cannot say it (methods 1.4).
+    """
+    eps = model_config.get("layer_norm_eps")
+    if eps is None:
+        return
+    if not isinstance(eps, float) or not 0 < eps < 1 or not hasattr(visual, "transformer"):
+        raise CheckpointError(f"{origin}: layer_norm_eps must be a number in (0, 1), of a ViT; got {eps!r}")
+    for name, module in visual.named_modules():
+        if isinstance(module, nn.LayerNorm) and name != "ln_pre":
+            module.eps = eps
 
 
 def write_open_clip_folder(

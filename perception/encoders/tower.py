@@ -6,7 +6,7 @@ Owns the contract of `features`, `encode` and `export`. Knows no file format; th
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,22 @@ from perception.preprocess import PreprocessSpec
 from perception.text import TextEncoder
 
 PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Parts(Protocol):
+    """A checkpoint taken apart: what a family's readers return, not yet built.
+
+    Readers are functions of the family's module: `read_folder(folder, preprocess=None)` for the folder that `export`
+    writes, and `read_visual(architecture, path, preprocess=None)` for the layout in which it was published; a
+    `preprocess` overrides what the files say.
+    """
+
+    @property
+    def preprocess(self) -> PreprocessSpec:
+        """How images become pixels."""
+
+    def build(self, name: str, precision: Precision, device: str) -> "TowerEncoder":
+        """Assemble the encoder; see `perception.load_encoder`."""
 
 
 class TowerEncoder(nn.Module, ABC):
@@ -34,7 +50,16 @@ class TowerEncoder(nn.Module, ABC):
         preprocess: how images become pixels.
         precision: of weights and activations.
         visual: normalised pixels (b, 3, h, w) -> embeddings (b, d); frozen and in eval mode.
+        lipschitz: a proven bound of `|features(x) - features(y)|_2 / |x - y|_2` over pixels in [0, 1]; None where there
+            is none.
+        bias_dim: the last of `features` is a constant, which no change of the image moves.
+        metric: how its authors compare two images: 'cosine' of `features`, or 'l2', the squared distance of `features`
+            (LPIPS). Pools are always searched by the cosine.
     """
+
+    lipschitz: float | None = None
+    bias_dim: bool = False
+    metric: ClassVar[Literal["cosine", "l2"]] = "cosine"
 
     def __init__(
         self,
@@ -100,13 +125,13 @@ class TowerEncoder(nn.Module, ABC):
         return image_similarity(self, a, b)
 
     @property
-    @abstractmethod
     def text(self) -> TextEncoder:
         """The text tower of the same checkpoint.
 
         Raises:
             CheckpointError: the checkpoint has none.
         """
+        raise CheckpointError(f"{self.name} has no text tower")
 
     @abstractmethod
     def export(self, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:

@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from perception.errors import CheckpointError
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
+def read_state_dict(path: Path, entry: str = "state_dict") -> dict[str, Tensor]:
     """Read a state dict from `.safetensors`, or from a published `.pt`/`.bin` without running code from it.
 
-    Nested dicts (`state_dict`, `vision_encoder_state_dict`) and `module.` prefixes are unwrapped.
+    Nested dicts (`state_dict`, `model_state_dict`, `vision_encoder_state_dict`) and `module.` prefixes are unwrapped.
+
+    Args:
+        entry: a further entry of the file that may hold the state dict.
 
     Raises:
         CheckpointError: absent, corrupt, or not a state dict.
@@ -36,7 +39,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"cannot read weights {path}: {(str(error) or repr(error)).splitlines()[0][:200]}"
         ) from error
-    for key in ("state_dict", "vision_encoder_state_dict"):
+    for key in ("state_dict", "model_state_dict", "vision_encoder_state_dict", entry):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):

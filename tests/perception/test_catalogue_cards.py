@@ -1,4 +1,4 @@
-"""The cards of published encoders say what their sources say, in one form."""
+"""The cards of published encoders say what their sources say, in one form; their figures have a module of their own."""
 
 import importlib.util
 import json
@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 
+from perception import load_encoder
+from perception.catalogue import card_of
+from perception.encoders import dreamsim, lipsim, lpips
 from perception.encoders.dino import ARCHITECTURES
+from perception.errors import CheckpointError
 from perception.preprocess import PreprocessSpec
 
 FOLDER = Path(__file__).parents[2] / "perception" / "catalogue"
@@ -17,10 +21,11 @@ CARDS: dict[str, dict[str, Any]] = {
     path.stem: tomllib.loads(path.read_text("utf8")) for path in sorted(FOLDER.glob("*.toml"))
 }
 REQUIRED = {
-    "name": str, "family": str, "title": str, "source": str, "architecture": str, "quick_gelu": bool,
-    "embed_dim": int, "text_tower": bool, "visual_checkpoint": list, "licence": str, "preprocess": dict,
-    "training": dict, "published": dict,
+    "name": str, "family": str, "title": str, "source": str, "embed_dim": int, "text_tower": bool, "licence": str,
+    "training": dict,
 }  # fmt: skip
+FROM_HUB = {"architecture": str, "visual_checkpoint": list, "preprocess": dict}
+FROM_FILE = {"get": str}
 RECIPE = {
     "eps": str, "norm": str, "data": str, "initial_weights": str, "loss": str, "clean_weight": float,
     "inner_attack": str, "inner_steps": int, "inner_step_size": str, "inner_momentum": float, "inner_start": str,
@@ -32,40 +37,102 @@ EMBED_DIM = {
     "vit_base_patch14_dinov2": 768,
 }  # fmt: skip
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-FIGURES = {
-    "nights": {"table", "clean", "linf_4_255", "l2_3"},
-    "bapps": {"table", "clean", "linf_4_255", "l2_3"},
-    "imagenet": {"table", "clean", "linf_2_255", "linf_4_255"},
-    "zero_shot_13": {"table", "clean", "linf_2_255", "linf_4_255"},
-    "nsfw": {"table", "safe_clean", "safe_linf_8_255", "unsafe_clean", "unsafe_linf_8_255"},
-}
-CLIP = [name for name, card in CARDS.items() if card["family"] == "clip"]
+FILES = [name for name, card in CARDS.items() if card["source"].startswith("file:")]
+HUB = [name for name in CARDS if name not in FILES]
+ADAPTERS = [name for name in FILES if "base" in CARDS[name]]
 every_card = pytest.mark.parametrize("name", CARDS)
-clip_cards = pytest.mark.parametrize("name", CLIP)
-dino_cards = pytest.mark.parametrize("name", [name for name in CARDS if name not in CLIP])
-robust_cards = pytest.mark.parametrize("name", [n for n, card in CARDS.items() if card["training"]["method"] != "none"])
+hub_cards = pytest.mark.parametrize("name", HUB)
+file_cards = pytest.mark.parametrize("name", FILES)
+adapter_cards = pytest.mark.parametrize("name", ADAPTERS)
+clip_cards = pytest.mark.parametrize("name", [name for name in HUB if CARDS[name]["family"] == "clip"])
+dino_cards = pytest.mark.parametrize("name", [name for name in HUB if CARDS[name]["family"] == "dino"])
+robust_cards = pytest.mark.parametrize("name", [name for name in HUB if CARDS[name]["training"]["method"] != "none"])
 
 
 def test_all_published_encoders_have_a_card() -> None:
     towers = ("vit-b-32", "vit-b-16", "convnext_base_w")
     expected = {f"{kind}-{tower}" for kind in ("clip", "fare4", "tecoa4") for tower in towers}
     expected |= {f"{kind}-vit-l-14" for kind in ("clip", "fare2", "fare4", "tecoa2", "tecoa4")}
-    expected |= {"dino-vitb16", "dinov2-vitb14", "fare4-dino-vitb16"}
+    expected |= {"dino-vitb16", "dinov2-vitb14", "fare4-dino-vitb16", "r-lpips"}
+    expected |= {
+        f"{kind}-{method}4-{t}" for kind in ("mlp", "lora") for method in ("fare", "tecoa") for t in towers[1:]
+    }
+    expected |= {f"dreamsim-{kind}" for kind in ("ensemble", "ensemble-centred", "dino_vitb16", "clip_vitb32")}
+    expected |= {"dreamsim-open_clip_vitb32", "dreamsim-dinov2_vitb14"}
+    expected |= {f"lipsim-{kind}{bias}" for kind in ("pretrained", "margin0.2", "margin0.5") for bias in ("", "-bias")}
     assert set(CARDS) == expected
 
 
 @every_card
 def test_card_has_the_required_fields(name: str) -> None:
     card = CARDS[name]
-    assert card["family"] in ("clip", "dino")
-    # DINO's towers have one activation, and no text tower.
-    required = {k: v for k, v in REQUIRED.items() if k != "quick_gelu" or card["family"] == "clip"}
-    assert {key: type(value) for key, value in card.items()} == required
-    assert card["text_tower"] is (card["family"] == "clip")
+    required = REQUIRED | (FROM_FILE if name in FILES else FROM_HUB)
+    if name in ADAPTERS:
+        required |= {"base": str, "adapter": str}
+    elif name in FILES:
+        required |= {"architecture": str}
+    elif card["family"] == "clip":  # no other family has towers of two activations
+        required |= {"quick_gelu": bool}
+    found = {key: type(value) for key, value in card.items() if key != "published"}
+    assert found == required
+    assert card["text_tower"] is (card["family"] == "clip" and name in HUB)
     assert card["name"] == name == name.lower()
-    assert card["source"].startswith("hf-hub:")
-    assert card["source"].count("/") == 1
-    assert all(file.endswith(".pt") for file in card["visual_checkpoint"])
+    assert all(file.endswith(".pt") for file in card.get("visual_checkpoint", []))
+    assert card["training"]["method"]
+
+
+@hub_cards
+def test_a_card_of_the_hub_names_owner_and_model(name: str) -> None:
+    assert CARDS[name]["source"].startswith("hf-hub:")
+    assert CARDS[name]["source"].count("/") == 1
+
+
+@file_cards
+def test_what_is_no_hub_model_says_how_to_get_it(name: str) -> None:
+    card = CARDS[name]
+    assert "//" not in card["get"]
+    with pytest.raises(CheckpointError) as caught:
+        load_encoder(name)
+    for part in (card["source"].removeprefix("file:"), card["get"], f"visual:{name}:PATH"):
+        assert part in str(caught.value)
+    found = card_of(f"visual:{name}:some/path")
+    assert found is not None
+    assert found.name == name
+
+
+@file_cards
+def test_dimensions_are_those_of_the_reader(name: str) -> None:
+    card = CARDS[name]
+    if card["family"] == "lipsim":
+        config = lipsim.ARCHITECTURES[card["architecture"]]
+        expected = config.dim + config.bias_dim
+        assert config.bias_dim is name.endswith("-bias")
+    elif card["family"] == "lpips":
+        assert card["architecture"] in lpips.ARCHITECTURES
+        expected = lpips.LpipsNetwork(224).dim
+    elif card["family"] == "dreamsim":
+        assert card["architecture"] in dreamsim.ARCHITECTURES
+        assert card["architecture"] == name.removeprefix("dreamsim-")
+        branches = {"dino_vitb16": 768, "dinov2_vitb14": 768, "clip_vitb32": 512, "open_clip_vitb32": 512}
+        expected = branches.get(card["architecture"], 768 + 512 + 512)
+    else:
+        expected = CARDS[card["base"]]["embed_dim"]
+    assert card["embed_dim"] == expected
+
+
+@adapter_cards
+def test_an_adapter_names_its_base(name: str) -> None:
+    card = CARDS[name]
+    assert name == f"{card['adapter']}-{card['base']}"
+    assert card["family"] == CARDS[card["base"]]["family"]
+    assert card["training"]["initial_weights"] == card["base"]
+    # Published beside the base's own file, whose name it has.
+    (of_base,) = CARDS[card["base"]]["visual_checkpoint"]
+    file = of_base if card["adapter"] == "mlp" else of_base.removesuffix("-eps4.pt")
+    assert card["source"] == f"file:{card['adapter']}-{file}"
+    found = card_of(f"{card['base']}+{card['adapter']}:some/path")
+    assert found is not None
+    assert found.name == name
 
 
 @clip_cards
@@ -93,7 +160,7 @@ def test_quick_gelu_follows_the_origin_of_the_weights(name: str) -> None:
     assert card["quick_gelu"] is not ("laion2B" in origin)
 
 
-@every_card
+@hub_cards
 def test_preprocessing(name: str) -> None:
     card = CARDS[name]
     spec = PreprocessSpec(**card["preprocess"])
@@ -115,47 +182,3 @@ def test_recipe(name: str) -> None:
     clean = tower if card["family"] == "dino" else f"clip-{tower}"
     assert recipe["initial_weights"] == CARDS[clean]["source"]
     assert card["architecture"] == CARDS[clean]["architecture"]
-
-
-@every_card
-def test_published_figures_are_percentages_with_their_table(name: str) -> None:
-    published = CARDS[name]["published"]
-    assert published
-    for group, figures in published.items():
-        assert set(figures) == FIGURES[group]
-        assert isinstance(figures["table"], str)
-        assert all(isinstance(v, float) and 0 <= v <= 100 for k, v in figures.items() if k != "table")
-
-
-@every_card
-def test_an_attack_never_helps(name: str) -> None:
-    """Within one table, the more an attacker may do the lower the accuracy: catches transposed columns."""
-    for group, figures in CARDS[name]["published"].items():
-        values = [v for k, v in figures.items() if k != "table"]
-        if group == "nsfw":
-            assert values[0] > values[1]
-            # The one exception is in the paper: clean unsafe queries of this encoder go to the safe pool.
-            assert values[2] > values[3] or name == "tecoa4-vit-b-16"
-        elif group in ("nights", "bapps"):
-            assert values[0] > max(values[1:])
-        else:
-            assert values == sorted(values, reverse=True)
-
-
-@pytest.mark.parametrize(
-    ("name", "group", "figure", "value"),
-    [
-        ("fare4-convnext_base_w", "nights", "linf_4_255", 74.3),
-        ("fare4-convnext_base_w", "nsfw", "unsafe_linf_8_255", 75.0),
-        ("clip-convnext_base_w", "nsfw", "unsafe_linf_8_255", 4.2),
-        ("tecoa4-vit-b-32", "nights", "l2_3", 79.7),
-        ("tecoa4-vit-l-14", "bapps", "linf_4_255", 21.5),
-        ("fare4-vit-b-16", "imagenet", "linf_2_255", 38.9),
-        ("fare2-vit-l-14", "zero_shot_13", "linf_4_255", 20.5),
-        ("fare4-dino-vitb16", "nights", "l2_3", 73.2),
-        ("fare4-dino-vitb16", "nsfw", "unsafe_linf_8_255", 67.1),
-        ("dinov2-vitb14", "bapps", "clean", 67.2),
-    ],
-)
-def test_published_figure(name: str, group: str, figure: str, value: float) -> None:
-    assert CARDS[name]["published"][group][figure] == value

@@ -9,11 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from perception.catalogue import load_encoder
+from perception.certificates import FeatureBound, feature_bound
+from perception.encoders.lipsim import LipsimConfig, LipsimNetwork, LipsimParts, preprocess_of
 from perception.encoders.tower import TowerEncoder
 from perception.errors import NonFiniteEmbedding
 from perception.preprocess import PreprocessSpec
 from perception.testing import ToyEncoder
 from service.graph import GraphEncoder, as_graph
+
+
+def lipsim() -> TowerEncoder:
+    """A family without a text tower."""
+    torch.manual_seed(0)
+    config = LipsimConfig(16, channels=6, depth=2, pools=(4,), dense_layers=2, dense_width=8, dim=12, bias_dim=True)
+    parts = LipsimParts(config, preprocess_of(config), LipsimNetwork(config).state_dict(), "a toy")
+    return parts.build("lipsim", "fp32", "cpu")
 
 
 class Tower(TowerEncoder):
@@ -88,3 +98,23 @@ def test_what_has_no_graph_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> No
     assert "no graph of a tower: only in Python" in caplog.text
     toy = ToyEncoder()
     assert as_graph(toy, (1,)) is toy
+
+
+def test_a_graph_has_the_features_of_its_tower_and_what_is_proven_of_them() -> None:
+    tower = Tower(network())
+    tower.lipschitz, tower.bias_dim = 2.0, True
+    graph = as_graph(tower, (1, 2))
+    assert isinstance(graph, GraphEncoder)
+    pixels = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(graph.features(pixels), tower.features(pixels))
+    assert feature_bound(graph) == feature_bound(tower) == FeatureBound(2.0, 3 * 8 * 8, fixed=1)
+
+
+def test_an_encoder_without_a_text_tower_has_a_graph() -> None:
+    encoder = lipsim()
+    graph = as_graph(encoder, (1, 2, 5))
+    assert isinstance(graph, GraphEncoder)
+    pixels = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        assert torch.equal(graph.features(pixels), encoder.features(pixels))
+    assert feature_bound(graph) == feature_bound(encoder)
