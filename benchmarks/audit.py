@@ -68,7 +68,7 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as folder:
         ours, unfolded = (SystemAudit(plan, plan.systems[0], encoder, task, Path(folder), data_root()) for _ in "ab")
-        unfolded.attacked = encoder
+        unfolded.attacker.attacked = encoder
         warm_up(ours, encoder)
         for setting in plan.threats[0].settings(encoder.preprocess.size_px):
             result = {
@@ -124,7 +124,7 @@ def task_of(plan: AuditPlan, encoder: Encoder) -> tuple[Task, str]:
 def warm_up(audit: SystemAudit, encoder: TowerEncoder) -> None:
     """Let both networks allocate what they need."""
     pixels = to_pixels([item.pixels for item in audit.task.items[: audit.plan.batch]])
-    for network in (encoder, audit.attacked):
+    for network in (encoder, audit.attacker.attacked):
         for _ in range(WARM_UP):
             network.encode(pixels.clone().requires_grad_(True)).sum().backward()
 

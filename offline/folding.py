@@ -36,9 +36,13 @@ class FoldedEncoder(nn.Module):
         """Take over the encoder's present weights and statistics, in place."""
         self.folded.refresh()
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def features(self, pixels: Tensor) -> Tensor:
         """See `TowerEncoder.features`."""
         return self.twin.features(pixels)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """The same as `features`."""
+        return self.features(pixels)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """See `perception.encoder.Encoder.encode`."""

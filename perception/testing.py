@@ -34,10 +34,14 @@ class ToyEncoder(torch.nn.Module):
         self.precision: Precision = "fp32"
         self.fingerprint = fingerprint({"toy": dim}, self.preprocess, self.precision, {"weight": self.weight})
 
+    def features(self, pixels: Tensor) -> Tensor:
+        """Embeddings before normalisation: (b, 3, h, w) in [0, 1] -> (b, d)."""
+        small = torch.nn.functional.adaptive_avg_pool2d((pixels - 0.5) / 0.5, 8)
+        return small.flatten(1) @ self.weight.T + 1e-3
+
     def encode(self, pixels: Tensor) -> Tensor:
         """See `perception.encoder.Encoder.encode`."""
-        small = torch.nn.functional.adaptive_avg_pool2d((pixels - 0.5) / 0.5, 8)
-        return unit_embeddings(small.flatten(1) @ self.weight.T + 1e-3)
+        return unit_embeddings(self.features(pixels))
 
 
 def synthetic_image(seed: int, size_px: tuple[int, int] = (48, 40)) -> Image.Image:

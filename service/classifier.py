@@ -18,6 +18,8 @@ from indexer.contents import Exemplar
 from indexer.live.suppression import Suppressed
 from indexer.live.view import View
 from indexer.snapshot import Snapshot
+from perception.certificates import FeatureBound
+from perception.certified_decision import decision_radius, label_radius
 from perception.verdict import DecisionPolicy, Neighbor, PoolLabel, Verdict, most_cautious
 from service.batching import Batcher
 from service.decoding import DecoderPool, FrameOrigin, PreparedImage
@@ -44,6 +46,10 @@ _FETCH_OUTCOMES: Mapping[type[FetchError], FetchOutcome] = {
 }
 
 
+CERTIFICATE_NEIGHBORS = 16
+"""Exemplars of each pool that a certificate looks at one by one; all others are bounded by the last of them."""
+
+
 @dataclass(frozen=True)
 class RemoteImage:
     """An image that is to be fetched; the URL is as the caller gave it."""
@@ -64,14 +70,16 @@ class Classification:
     """The answer for one image.
 
     Attributes:
-        embedding: (d,) unit float32, of the frame that decided.
-        embeddings: (f, d) unit float32, of all frames that were examined.
+        embedding: (d,) unit float32, of the frame that decided; without the defence where there is one.
+        embeddings: (f, d) unit float32, of all frames that were examined, as they were judged.
         suppressed: what suppress items took away from the evidence of that frame.
         sha256: of the file.
         image: as decoded.
         verdict: the most cautious over all frames.
         frame: the frame that decided.
         matches: the nearest exemplars of each pool to that frame, most similar first.
+        certified_radius_l2: within which the verdict's label cannot change, in L2 over [0, 1] pixels at the encoder's
+            input, of every frame at once; None where nothing is certified (`perception.certified_decision`).
     """
 
     image: PreparedImage
@@ -82,6 +90,7 @@ class Classification:
     embeddings: NDArray[np.float32]
     suppressed: tuple[Suppressed, ...]
     sha256: bytes
+    certified_radius_l2: float | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,7 @@ class Lookup:
     Attributes:
         image: as decoded; None for a prompt.
         matches: most similar first.
-        embedding: (d,) unit float32, of what was searched with.
+        embedding: (d,) unit float32, of what was searched with; without the defence where there is one.
         sha256: of the file; None for a prompt.
     """
 
@@ -131,6 +140,8 @@ class Classifier:
         deadline_s: of an answer; named in errors, kept by `until_s` of each call.
         metrics: told of every stage and verdict.
         answered: called for each image that got a verdict, neighbours or an error of its own.
+        defend_similar: whether the images of `similar` go through the defence, as those of `classify` do.
+        bound: what is proven of the encoder's features; None for no certificates.
     """
 
     def __init__(
@@ -143,10 +154,13 @@ class Classifier:
         deadline_s: float,
         metrics: Metrics,
         answered: Callable[[], None],
+        *,
+        defend_similar: bool = False,
+        bound: FeatureBound | None = None,
     ) -> None:
         self._published, self._decoder, self._batcher = published, decoder, batcher
-        self._policy, self._deadline_s = policy, deadline_s
-        self._fetcher, self._metrics, self._answered = fetcher, metrics, answered
+        self._policy, self._deadline_s, self._defend_similar = policy, deadline_s, defend_similar
+        self._fetcher, self._metrics, self._answered, self._bound = fetcher, metrics, answered, bound
 
     def searchable(self, gallery: str | None, pool: PoolLabel | None) -> View:
         """The snapshot that a search with these parameters goes to.
@@ -176,10 +190,13 @@ class Classifier:
             ImageError, DecodingError, NonFiniteEmbedding: it cannot be judged.
             Unavailable: no answer in time, or no room for it.
         """
-        search = Search(snapshot, max(shown, self._policy.neighbors_needed), each_pool=True)
+        needed = self._policy.neighbors_needed
+        certify = max(CERTIFICATE_NEIGHBORS, needed) if self._bound is not None else 0
+        search = Search(snapshot, max(shown, needed), each_pool=True, certify=certify)
         async with self._answer(until_s):
             image, sha256 = await self._prepare(source)
             sightings = await self._look_up([Query(pixels, search) for pixels in image.pixels])
+            radii = await asyncio.to_thread(self._radii, sightings) if certify else [None] * len(sightings)
         with self._metrics.stage("decide"), span("decide"):
             verdicts = [self._policy.decide(sighting.neighbors) for sighting in sightings]
             deciding = most_cautious(verdicts)
@@ -194,12 +211,13 @@ class Classifier:
         sighting = sightings[deciding]
         matches = _matches(snapshot, evidence)
         embeddings = np.stack([each.embedding for each in sightings])
+        certified = label_radius([each.label for each in verdicts], radii)
         return Classification(
-            image, verdict, frame, matches, sighting.embedding, embeddings, sighting.suppressed, sha256
+            image, verdict, frame, matches, sighting.undefended, embeddings, sighting.suppressed, sha256, certified
         )
 
     async def embed(self, source: bytes | RemoteImage, frame: int, until_s: float) -> Embedded:
-        """What the encoder makes of one frame of an image.
+        """What the encoder makes of one frame of an image, without any defence.
 
         Args:
             source: the file's bytes, or where to fetch them.
@@ -214,7 +232,7 @@ class Classifier:
             image, sha256 = await self._prepare(source)
             if frame >= len(image.pixels):
                 raise InvalidParameter("frame", f"it is {frame}, the image has {len(image.pixels)} examined frames")
-            [sighting] = await self._look_up([Query(image.pixels[frame], None)])
+            [sighting] = await self._look_up([Query(image.pixels[frame], None, defended=False)])
         return Embedded(image, sighting.embedding, sha256)
 
     async def embed_texts(self, prompts: Sequence[str], until_s: float) -> NDArray[np.float32]:
@@ -245,9 +263,9 @@ class Classifier:
                 image, sha256, query = None, None, Query(subject, search)
             else:
                 image, sha256 = await self._prepare(subject)
-                query = Query(image.pixels[0], search)
+                query = Query(image.pixels[0], search, defended=self._defend_similar)
             [sighting] = await self._look_up([query])
-        return Lookup(image, _matches(search.snapshot, sighting.neighbors), sighting.embedding, sha256)
+        return Lookup(image, _matches(search.snapshot, sighting.neighbors), sighting.undefended, sha256)
 
     async def _prepare(self, source: bytes | RemoteImage) -> tuple[PreparedImage, bytes]:
         """The frames of an image, and the hash of its file."""
@@ -255,6 +273,16 @@ class Classifier:
             source = await self._fetch(source.url)
         with self._metrics.stage("decode"), span("decode"):
             return await self._decoder.prepare(source), hashlib.sha256(source).digest()
+
+    def _radii(self, sightings: Sequence[Sighting]) -> list[float | None]:
+        """Certified radii of the verdicts on all frames."""
+        found: list[float | None] = []
+        for sighting in sightings:
+            assert self._bound is not None  # else nothing was asked for
+            assert sighting.features is not None
+            assert sighting.around is not None
+            found.append(decision_radius(sighting.features, sighting.around, self._policy, self._bound))
+        return found
 
     async def _look_up(self, queries: Sequence[Query]) -> list[Sighting]:
         sightings = await self._batcher.submit(queries)

@@ -21,7 +21,16 @@ from service.wire import Model, Policy
 ACTOR = "hardlook-serve"
 _log = logging.getLogger("hardlook.provenance")
 # What names secrets or files of this machine is said to be set, and no more.
-_HIDDEN = ("catalog", "catalog_password_file", "keys_file", "webhooks_file", "policy_file", "pools", "shadow_pools")
+_HIDDEN = (
+    "catalog",
+    "catalog_password_file",
+    "keys_file",
+    "webhooks_file",
+    "policy_file",
+    "pools",
+    "shadow_pools",
+    "ttc_seed_file",
+)
 # What makes no difference to what is answered.
 _UNTOLD = ("host", "port", "log_level")
 

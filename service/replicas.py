@@ -160,6 +160,17 @@ def serve_on(places: Sequence[str], load: Callable[[str], ServingEncoder], setti
     by_device: dict[str, Served] = {}
     for place in places:
         if place not in by_device:
-            encoder = as_graph(load(place), (1, 3, min(_GRAPH_BATCH, settings.max_batch)))
+            loaded = load(place)
+            _keep_float32(loaded, place)
+            encoder = as_graph(loaded, (1, 3, min(_GRAPH_BATCH, settings.max_batch)))
             by_device[place] = try_out(encoder, text_tower(encoder), settings, places.count(place))
     return tuple(by_device[place] for place in places)
+
+
+def _keep_float32(encoder: ServingEncoder, place: str) -> None:
+    """Turn off TF32 where a Lipschitz constant is proven: its three decimals are too few for a certificate.
+
+    That is a setting of the whole process, of which this encoder is what runs on its GPUs.
+    """
+    if not place.startswith("cpu") and getattr(encoder, "lipschitz", None) is not None:
+        torch.backends.cudnn.allow_tf32 = False

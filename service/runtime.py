@@ -44,7 +44,8 @@ class Runtime:
         settings: as read at the start.
         model: the encoder, as answers name it.
         policy: how verdicts are made, as answers name it.
-        calibrated: the policy together with its audit's figures; None where it is not from a file.
+        calibrated: the policy together with its audit's figures; None where it is not from a file, and behind a
+            defence, which its audit did not have.
         published: the collections.
         rule: the policy itself.
         books: what writes to the catalogue; None where it is turned off.

@@ -67,6 +67,7 @@ def classify_item(id: str, found: Classification, calibrated: CalibratedPolicy |
             for item in found.suppressed
         ],
         flip_rate_at_eps=[_flip_rate(rate) for rate in rates] or None,
+        certified_radius_l2=found.certified_radius_l2,
     )
 
 
@@ -83,6 +84,7 @@ def coarse_classify_item(id: str, found: Classification) -> ClassifyItem:
         image=_image(found.image),
         neighbors=[],
         flip_rate_at_eps=None,
+        certified_radius_l2=None,
     )
 
 

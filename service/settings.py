@@ -3,6 +3,7 @@
 import difflib
 import os
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -26,6 +27,16 @@ def _comma_separated(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
+def _fraction(value: object) -> object:
+    try:
+        return float(Fraction(value)) if isinstance(value, str) else value
+    except ZeroDivisionError as error:
+        raise ValueError(f"{value} has no value") from error
+
+
+# Of pixels in [0, 1]; '4/255' as well as '0.0157'.
+Perturbation = Annotated[float, BeforeValidator(_fraction), Field(gt=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Scope = Literal["classify", "similar", "pools:write", "review", "metrics", "admin"]
 Scopes = Annotated[tuple[Scope, ...], NoDecode, BeforeValidator(_comma_separated)]
 Hosts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)]
@@ -78,6 +89,18 @@ class Settings(BaseSettings):
     shadow_precision: Literal["fp32", "bf16"] = Field("fp32", description="Of the candidate encoder.")
     shadow_pools: Path | None = Field(None, description="Folder of the collections of the candidate encoder.")
     shadow_share: float = Field(1.0, gt=0, le=1, description="Share of the images that candidates see.")
+    defense: Literal["none", "ttc"] = Field(
+        "none", description="'ttc' counterattacks images before they are encoded: a mitigation that costs a multiple."
+    )
+    ttc_eps: Perturbation = Field(4 / 255, description="Radius of noise and counterattack, in [0, 1] pixel units.")
+    ttc_steps: int = Field(2, ge=1, le=100, description="Steps of the counterattack.")
+    ttc_step_size: Perturbation = Field(1 / 255, description="Of one of them, in [0, 1] pixel units.")
+    ttc_beta: NotNegative = Field(2.0, description="How much the later steps weigh in the mean of all.")
+    ttc_threshold: NotNegative = Field(0.2, description="An image that noise moves by this much gets noise alone.")
+    ttc_original: str | None = Field(None, description="Encoder that the one which serves was fine-tuned from.")
+    ttc_seed_file: Path | None = Field(None, description="Secret that the noise follows from.")
+    ttc_similar: bool = Field(False, description="Defend the image queries of /similar too.")
+    ttc_together: int = Field(1, ge=1, le=1024, description="Images that are counterattacked at a time.")
     webhooks_file: Path | None = Field(None, description="Whom to tell of verdicts and changes, a TOML file.")
     moderations_flag_review: bool = Field(True, description="/v1/moderations flags 'review' as it flags 'unsafe'.")
     max_job_images: int = Field(1000, ge=1, le=100_000, description="Images in one job.")
@@ -155,6 +178,10 @@ class Settings(BaseSettings):
             _ = self.policy
         except ValueError as error:  # names its parameter without our prefix
             raise ValueError(f"{variable('policy_*')}: {error}") from error
+        unused = [name for name in sorted(self.model_fields_set) if name.startswith("ttc_")]
+        if self.defense != "ttc" and unused:
+            names = ", ".join(map(variable, unused))
+            raise ValueError(f"{names} set what does not happen: {variable('defense')} is {self.defense!r}")
         if (self.shadow_encoder is None) != (self.shadow_pools is None):
             raise ValueError(f"{variable('shadow_encoder')} and {variable('shadow_pools')} go together")
         if self.max_queue < max(self.max_batch, 2 * self.max_frames):

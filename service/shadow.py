@@ -47,7 +47,7 @@ class Opinion:
 
     Attributes:
         verdict: the most cautious over the frames that it was shown.
-        embedding: (d,) unit float32, of the frame that decided.
+        embedding: (d,) unit float32, of the frame that decided; without a defence.
     """
 
     verdict: Verdict
@@ -138,7 +138,7 @@ class ShadowEncoder:
         sightings = self._engine.answer([Query(frame, search) for frame in pixels])
         verdicts = [self._policy.decide(sighting.neighbors) for sighting in sightings]
         deciding = most_cautious(verdicts)
-        return Opinion(verdicts[deciding], sightings[deciding].embedding)
+        return Opinion(verdicts[deciding], sightings[deciding].undefended)
 
 
 @dataclass(frozen=True, eq=False)

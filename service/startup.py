@@ -1,7 +1,7 @@
 """Start-up: settings in, everything that answers requests out. Everything is put together here and nowhere else."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,6 +16,7 @@ from indexer.catalog.database import Database
 from indexer.catalog.ledger import Catalog
 from indexer.catalog.state import Stamp
 from indexer.contents import POOLS
+from perception.certificates import FeatureBound, feature_bound
 from perception.errors import NonFiniteEmbedding
 from perception.policy_file import CalibratedPolicy
 from service.admission import Admission
@@ -23,6 +24,7 @@ from service.batching import Batcher, Observer
 from service.bookkeeping import CandidateEncoder, job_runner, open_books
 from service.classifier import Classifier
 from service.decoding import DecoderPool, DecoderSettings
+from service.defense import Defense, defense_of, defense_version, say_what_it_costs
 from service.engine import Query, ServingEncoder, Sighting
 from service.errors import SettingsError, TextUnsupported
 from service.fetch import Fetcher, rules_of
@@ -84,7 +86,7 @@ def load(settings: Settings, encoder: ServingEncoder | None = None) -> Loaded:
         encoder: used instead of the one that the settings name.
 
     Raises:
-        SettingsError: no such device, or the keys file is absent or damaged.
+        SettingsError: no such device, or the keys file or the seed of the defence is absent or damaged.
         UnknownEncoder, HubUnreachable, CheckpointError: the encoder cannot be loaded.
         NonFiniteEmbedding: it does not work.
         FingerprintMismatch: a published snapshot or the policy file was made by another encoder; names both.
@@ -95,18 +97,23 @@ def load(settings: Settings, encoder: ServingEncoder | None = None) -> Loaded:
     rules_of(settings), RateLimits(settings.rate_limit)  # what is wrong with them is said before the encoder is loaded
     hooks = () if settings.webhooks_file is None else read_webhooks(settings.webhooks_file)
     calibrated = None if settings.policy_file is None else CalibratedPolicy.load(settings.policy_file)
-    if encoder is None:
-        served = serve_on(devices(settings), lambda device: _load_encoder(settings, device), settings)
+    defense, given = defense_of(settings), encoder
+    if given is None:
+        served = serve_on(
+            devices(settings), lambda device: _protected(_load_encoder(settings, device), defense, device), settings
+        )
     else:
-        given = encoder
-        served = serve_on(("cpu",) * settings.replicas, lambda device: given, settings)
+        served = serve_on(("cpu",) * settings.replicas, lambda device: _protected(given, defense, device), settings)
+    say_what_it_costs(served[0].encoder)
     fingerprint = served[0].encoder.fingerprint
     if calibrated is not None:
         calibrated.require_encoder(fingerprint, f"calibrated policy {settings.policy_file}")
     published, catalog = open_collections(settings, served[0].encoder)
     if calibrated is not None:
         _compare_pools(calibrated, published)
-    return Loaded(served, published, catalog, keys, calibrated, hooks, _candidate(settings))
+        if defense is not None:
+            _log.warning("policy %r was audited without the defence: answers tell no flip rates", calibrated.name)
+    return Loaded(served, published, catalog, keys, calibrated, hooks, _candidate(settings, defense))
 
 
 def open_collections(settings: Settings, encoder: ServingEncoder) -> tuple[Published, Catalog | None]:
@@ -126,6 +133,10 @@ def _load_encoder(settings: Settings, device: str) -> ServingEncoder:
     return load_encoder(settings.encoder, precision=settings.precision, device=device)
 
 
+def _protected(encoder: ServingEncoder, defense: Defense | None, device: str) -> ServingEncoder:
+    return encoder if defense is None else defense.protect(encoder, device)
+
+
 def _catalog_url(settings: Settings) -> str:
     """Where the catalogue is, with its password where that is in a file."""
     url, file = settings.catalog_url, settings.catalog_password_file
@@ -141,8 +152,11 @@ def _catalog_url(settings: Settings) -> str:
         raise SettingsError(f"{variable('catalog')} is not the address of a database") from None
 
 
-def _candidate(settings: Settings) -> CandidateEncoder | None:
-    """The candidate encoder, on the CPU, where it takes nothing from the one that serves but time that is left."""
+def _candidate(settings: Settings, defense: Defense | None) -> CandidateEncoder | None:
+    """The candidate encoder, on the CPU, where it takes nothing from the one that serves but time that is left.
+
+    It would serve behind the same defence, and is compared behind it.
+    """
     if settings.shadow_encoder is None or settings.shadow_pools is None:
         return None
     from perception.catalogue import load_encoder
@@ -150,7 +164,7 @@ def _candidate(settings: Settings) -> CandidateEncoder | None:
     encoder = load_encoder(settings.shadow_encoder, precision=settings.shadow_precision, device="cpu")
     published = Published(settings.shadow_pools, Stamp(encoder.name, encoder.fingerprint, encoder.dim))
     published.open(None)
-    return CandidateEncoder(encoder, published)
+    return CandidateEncoder(_protected(encoder, defense, "cpu"), published)
 
 
 def _compare_pools(calibrated: CalibratedPolicy, published: Published) -> None:
@@ -173,18 +187,8 @@ async def start(settings: Settings, parts: Loaded, metrics: Metrics, stack: Asyn
     decoder = await stack.enter_async_context(
         DecoderPool(decoding, workers=settings.decode_workers, replaced=metrics.decoder_replaced)
     )
-    batcher: Batcher[Query, Sighting] = await stack.enter_async_context(
-        Batcher(
-            [served.replica(metrics) for served in parts.served],
-            max_batch=settings.max_batch,
-            max_queue=settings.max_queue,
-            expected=(NonFiniteEmbedding, TextUnsupported),
-            name=_QUEUE,
-            observer=Observer(batch=metrics.batch, waited=lambda seconds: metrics.stage_seconds("queue", seconds)),
-        )
-    )
+    batcher = await _start_replicas(settings, parts, metrics, stack)
     fetcher = await stack.enter_async_context(Fetcher(rules_of(settings)))
-    encoder = parts.encoder
     policy = settings.policy if parts.calibrated is None else parts.calibrated.policy
     books = None
     if parts.catalog is not None:
@@ -195,15 +199,24 @@ async def start(settings: Settings, parts: Loaded, metrics: Metrics, stack: Asyn
     admission = Admission(settings.max_requests, settings.deadline_s, pace_s)
     runtime = Runtime(
         settings=settings,
-        model=Model(name=encoder.name, fingerprint=encoder.fingerprint, precision=encoder.precision),
+        model=_model(parts.encoder),
         policy=described_policy(policy, parts.calibrated),
-        calibrated=parts.calibrated,
+        calibrated=parts.calibrated if defense_version(parts.encoder) is None else None,
         published=parts.published,
         rule=policy,
         books=books,
         jobs=None,
         classifier=Classifier(
-            parts.published, decoder, batcher, fetcher, policy, settings.deadline_s, metrics, admission.answered
+            parts.published,
+            decoder,
+            batcher,
+            fetcher,
+            policy,
+            settings.deadline_s,
+            metrics,
+            admission.answered,
+            defend_similar=settings.ttc_similar,
+            bound=_bound(parts.served),
         ),
         admission=admission,
         batcher=batcher,
@@ -218,6 +231,33 @@ async def start(settings: Settings, parts: Loaded, metrics: Metrics, stack: Asyn
         runtime.jobs = job_runner(runtime, books)
         await write_down(books.editor, settings, runtime.model, runtime.policy, parts.keys.records)
     return runtime
+
+
+async def _start_replicas(
+    settings: Settings, parts: Loaded, metrics: Metrics, stack: AsyncExitStack
+) -> Batcher[Query, Sighting]:
+    return await stack.enter_async_context(
+        Batcher(
+            [served.replica(metrics) for served in parts.served],
+            max_batch=settings.max_batch,
+            max_queue=settings.max_queue,
+            expected=(NonFiniteEmbedding, TextUnsupported),
+            name=_QUEUE,
+            observer=Observer(batch=metrics.batch, waited=lambda seconds: metrics.stage_seconds("queue", seconds)),
+        )
+    )
+
+
+def _model(encoder: ServingEncoder) -> Model:
+    """What answers say of the encoder."""
+    name, fingerprint, precision = encoder.name, encoder.fingerprint, encoder.precision
+    return Model(name=name, fingerprint=fingerprint, precision=precision, defense=defense_version(encoder))
+
+
+def _bound(served: Sequence[Served]) -> FeatureBound | None:
+    """What is proven of the features on every device that serves; None where nothing is on one of them."""
+    bounds = [feature_bound(each.encoder) for each in served]
+    return None if None in bounds else bounds[0]
 
 
 def _watch(runtime: Runtime, decoder: DecoderPool) -> None:

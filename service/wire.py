@@ -152,6 +152,12 @@ class Model(Answer):
     name: str = Field(examples=["hf-hub:chs20/FARE4-convnext_base_w-laion2B-s13B-b82K-augreg"])
     fingerprint: str = Field(examples=[_FINGERPRINT])
     precision: Precision
+    defense: str | None = Field(
+        None,
+        description="Version of the defence that images go through before they are encoded; null without one. Equal "
+        "images get equal embeddings under one fingerprint and one version. Keys of caches need both.",
+        examples=[None],
+    )
 
 
 class SnapshotVersion(Answer):
@@ -263,6 +269,14 @@ class ClassifyItem(Answer):
         description="How often verdicts with such a margin flipped in the audit of the calibrated policy, for each "
         "attack; null without such a policy, for `review`, where several frames were examined, and where no audited "
         "verdict had a margin near this one."
+    )
+    certified_radius_l2: float | None = Field(
+        None,
+        ge=0,
+        description="No change of the pixels at the encoder's input, after decoding and resizing, in [0, 1] and of at "
+        "most this L2 norm, changes the verdict; proven for this state of the pools. 0: nothing is proven. Null where "
+        "the encoder has no proven Lipschitz constant, for `review` by a threshold, and in coarse answers.",
+        examples=[None],
     )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from indexer.catalog.records import Record
+from perception.certified_decision import Gates
 from perception.verdict import Neighbor
 
 # The matrix product that looks for similar items rounds otherwise than the cosine that decides, by far less than this.
@@ -57,6 +58,11 @@ class SuppressItems:
 
     def __len__(self) -> int:
         return len(self._items)
+
+    @property
+    def gates(self) -> Gates:
+        """On which sides of which thresholds queries must be for the same items to match."""
+        return Gates(self._directions, self._thresholds)
 
     def matches(self, queries: NDArray[np.float32]) -> list[Mapping[str, Suppressed]]:
         """What is suppressed for each query: by id of the exemplar.

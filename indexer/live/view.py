@@ -23,6 +23,7 @@ from indexer.index import check_search
 from indexer.live.overlay import Hit, Overlay, row_order
 from indexer.live.suppression import Evidence, Suppressed
 from indexer.snapshot import Snapshot
+from perception.certified_decision import Gates
 from perception.errors import FingerprintMismatch
 from perception.gallery import Gallery
 from perception.verdict import Neighbor
@@ -234,6 +235,12 @@ class View:
             else evidence
             for row, (evidence, matched) in enumerate(zip(found, matches, strict=True))
         ]
+
+    @property
+    def gates(self) -> Gates | None:
+        """What of a query decides which exemplars are its `evidence`; None where it does not matter."""
+        items = self._overlay.suppress_items
+        return None if items is None else items.gates
 
     def contents(self) -> Contents:
         """A copy of all that searches can find, to make a snapshot of."""

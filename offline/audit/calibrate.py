@@ -196,6 +196,11 @@ def _audited(plan: AuditPlan, name: str) -> SystemPlan:
     with_pools = {system.name: system for system in plan.systems if system.gallery}
     if name not in with_pools:
         raise PlanError(f"no system {name!r} with pools in this audit; there are: {', '.join(with_pools) or 'none'}")
+    if with_pools[name].defense is not None:
+        raise PlanError(
+            f"system {name!r} was audited behind a defence, which a policy file does not record: its rates would be "
+            "promised without it as well. Calibrate by a system without one"
+        )
     return with_pools[name]
 
 

@@ -4,9 +4,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
+from offline.audit.certified import RADII
 from offline.audit.pictures import Axes, Bars, Curve, Point, answer_bars, line_chart
 from offline.audit.record import Setting
-from offline.audit.rows import Mean, Row, Trace
+from offline.audit.rows import CertifiedRow, Mean, Row, Trace
 from offline.benchmarks.intervals import Accuracy
 
 _TICKS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
@@ -60,6 +61,25 @@ def curve_charts(rows: Iterable[Row]) -> list[Chart]:
             chart = _curve_chart(f"curves-{next(numbers)}", family, by_radius=by_radius)
             if chart is not None:
                 charts.append(chart)
+    return charts
+
+
+def certified_charts(rows: Iterable[CertifiedRow]) -> list[Chart]:
+    """Certified accuracy by radius: one chart a label, with a curve for each system and form of the certificate."""
+    families: dict[str, list[CertifiedRow]] = {}
+    for row in rows:
+        if not row.set:
+            families.setdefault(row.label, []).append(row)
+    charts = []
+    for number, (label, family) in enumerate(families.items()):
+        what = f"{label} images answered {label}" if label else "right answers"
+        title = f"Certified {what} by radius, l2"
+        curves = [
+            Curve(f"{row.system}, {row.form}", tuple(_point(eps, share) for eps, share in row.points)) for row in family
+        ]
+        ticks = ((0.0, "0"), *((eps, f"{round(255 * eps)}/255") for eps in RADII))
+        axes = Axes("radius, l2 at the encoder's input", "percent, with 95 % band", ticks)
+        charts.append(Chart(title, line_chart(f"certified-{number}", title, axes, curves), first=True))
     return charts
 
 

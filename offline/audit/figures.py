@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from offline.audit.certified import certified_rows
 from offline.audit.plan import AuditPlan, CombinationPlan
 from offline.audit.record import AuditRecord, Check, Judgement, Setting
 from offline.audit.rows import OPPOSITE, VERSIONS, Answers, Mean, Row, Trace
@@ -91,6 +92,7 @@ def summarise(plan: AuditPlan, records: Sequence[AuditRecord], checks: Sequence[
         rows=tuple(row for group in everyone for row in _rows(plan, group)),
         traces=tuple(traces),
         checks=tuple(sorted(checks, key=lambda check: (_place(order, check.system), check.name))),
+        certified=certified_rows(plan, records),
     )
 
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from offline.audit.certified import RADII
 from offline.audit.plan import AuditPlan
-from offline.audit.rows import Figures, Mean, Row
+from offline.audit.rows import CertifiedRow, Figures, Mean, Row
+from offline.audit.tables import RADIUS_NAMES
 from offline.benchmarks.intervals import Accuracy
 from offline.errors import RunError
 
@@ -75,6 +77,8 @@ def compare(plan: AuditPlan, candidate: Figures, recorded: Recorded) -> list[Fin
             )
     rows = {row.key: row for row in candidate.rows}
     findings = [f for row in recorded.figures.rows for f in _compare_rows(rows.get(row.key), row)]
+    certified = {row.key: row for row in candidate.certified}
+    findings += [f for row in recorded.figures.certified for f in _compare_certified(certified.get(row.key), row)]
     failed_before = {(check.system, check.name) for check in recorded.figures.checks if not check.passed}
     for check in candidate.checks:
         if not check.passed and (check.system, check.name) not in failed_before:
@@ -110,6 +114,14 @@ def _compare_rows(candidate: Row | None, recorded: Row) -> Iterator[Finding]:
         for version, mean in means.items():
             now = candidate.means.get(score, {}).get(version)
             yield _judge(f"{of_row}, {score}, {version}", now, mean, more_is_better=True)
+
+
+def _compare_certified(candidate: CertifiedRow | None, recorded: CertifiedRow) -> Iterator[Finding]:
+    of_row = ", ".join(part for part in (recorded.system, recorded.label, recorded.set) if part)
+    for eps, name in zip(RADII, RADIUS_NAMES, strict=True):
+        what = f"{of_row}, certified ({recorded.form}) at l2 {name}"
+        now = None if candidate is None or candidate.total != recorded.total else candidate.at(eps)
+        yield _judge(what, now, recorded.at(eps), more_is_better=True)
 
 
 def _judge(what: str, now: Accuracy | Mean | None, before: Accuracy | Mean, *, more_is_better: bool) -> Finding:

@@ -54,6 +54,8 @@ class Subject:
         criterion: the attacker's goal; None where there is no end to what can be gained.
         pixels: (b, 3, h, w) in [0, 1]; images that are at the goal already take no part.
         threat: what perturbations are allowed.
+        stops: whether an attack with gradients leaves an image alone once `attacked` is fooled; not where `encoder` has
+            a defence that `attacked` models at best.
     """
 
     system: str
@@ -64,6 +66,7 @@ class Subject:
     criterion: Criterion | None
     pixels: Tensor
     threat: ThreatModel
+    stops: bool = True
 
     def rows(self, index: Tensor) -> Self:
         """The same for the images `index`, (k,) int64 rows of this batch."""
@@ -279,7 +282,8 @@ def _black_box(subject: Subject, steps: int, queries: int, seed: int) -> _Findin
     if not resisting:
         said = "no image withstands the attacks with gradients: there is nothing that a black-box attack could add"
         return _Finding(True, said, {"images": float(count), "left": 0.0, "fooled": 0.0})
-    found = _attack(left, square, generator, encoder=left.encoder, objective=left.black_box)
+    asked = {"encoder": left.encoder, "objective": left.black_box, "criterion": left.criterion}
+    found = _attack(left, square, generator, **asked)
     fooled = int((~left.stands(found.adversarial)).sum())
     said = f"a black-box attack with {queries} queries fools {fooled} of the {_images(resisting)} that withstand the " \
            f"attacks with gradients, of {count} in all"  # fmt: skip
@@ -322,7 +326,8 @@ def _apgd(objective: Objective, steps: int, start: Start) -> Apgd:
 
 def _attack(subject: Subject, attack: SearchAttack, generator: torch.Generator, **changes: Any) -> AttackResult:
     """Run an attack on all images, by default the subject's; `changes` are fields of `Problem`."""
-    problem = Problem(subject.attacked, subject.objective, subject.criterion, subject.threat)
+    criterion = subject.criterion if subject.stops else None
+    problem = Problem(subject.attacked, subject.objective, criterion, subject.threat)
     found = nothing_found(subject.pixels)
     attack.go_on(replace(problem, **changes), subject.pixels, found, generator)
     return found

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from offline.audit.embeddings import require_finite
@@ -21,6 +23,8 @@ from offline.audit.task import GoalReached, Item
 from offline.criteria import Criterion
 from offline.errors import PlanError
 from offline.objectives import HeadLogit, Objective, PoolMargin, TargetSet
+from perception.certificates import FeatureBound
+from perception.certified_decision import Surroundings, decision_radius
 from perception.encoder import Encoder, encode_images
 from perception.gallery import Gallery
 from perception.heads import Head, load_head
@@ -28,6 +32,8 @@ from perception.policy_file import CalibratedPolicy
 from perception.preprocess import to_pixels
 from perception.verdict import DecisionPolicy, Neighbor, PoolLabel, VerdictLabel
 
+CERTIFICATE_NEIGHBORS = 64
+"""Exemplars of each pool that a certificate looks at one by one; all others are bounded by the last of them."""
 _OTHER = {VerdictLabel.SAFE: VerdictLabel.UNSAFE, VerdictLabel.UNSAFE: VerdictLabel.SAFE}
 
 
@@ -45,6 +51,9 @@ class Decider(Protocol):
 
     def white_box(self, rows: Tensor, wanted: Sequence[VerdictLabel], like: Tensor) -> Objective:
         """What an attacker maximises who knows all of the decision."""
+
+    def certified(self, rows: Tensor, features: Tensor, bound: FeatureBound) -> list[dict[str, float] | None]:
+        """See `offline.certify.CertifiedTask`."""
 
 
 class PoolsDecider:
@@ -95,6 +104,26 @@ class PoolsDecider:
                 near += [Neighbor(i, str(pool), s) for i, s in zip(ids, row, strict=True) if s != -torch.inf]
         verdicts = [self.policy.decide(near) for near in found]
         return [(v.label, {} if v.margin is None else {"margin": v.margin}, v.neighbors) for v in verdicts]
+
+    def certified(self, rows: Tensor, features: Tensor, bound: FeatureBound) -> list[dict[str, float] | None]:
+        """See `Decider`; from the nearest exemplars of each pool, and a bound on all others."""
+        return [
+            {"decision": radius if (radius := self._radius(row, f, bound)) is not None else 0.0}
+            for row, f in zip(rows.tolist(), features.detach().cpu().double().numpy(), strict=True)
+        ]
+
+    def _radius(self, row: int, features: NDArray[np.float64], bound: FeatureBound) -> float | None:
+        """The certified radius of the verdict on one image (d,)."""
+        similarities = self.gallery.embeddings.astype(np.float64) @ (features / np.linalg.norm(features))
+        similarities[list(self._left_out[row])] = -np.inf
+        asked, near = max(CERTIFICATE_NEIGHBORS, self.policy.neighbors_needed), []
+        for members in self._rows.values():
+            order = members.numpy()[np.argsort(-similarities[members.numpy()], kind="stable")][:asked]
+            near += [int(i) for i in order if np.isfinite(similarities[i])]
+        labels, ids = self.gallery.labels, self.gallery.ids
+        neighbors = [Neighbor(ids[i], labels[i], float(np.clip(similarities[i], -1, 1))) for i in near]
+        around = Surroundings.of(neighbors, self.gallery.embeddings[near], asked)
+        return decision_radius(features, around, self.policy, bound)
 
     def white_box(self, rows: Tensor, wanted: Sequence[VerdictLabel], like: Tensor) -> Objective:
         """See `Decider`: the margin of the wanted pool's best over the true one's."""
@@ -147,6 +176,10 @@ class HeadDecider:
         signs = torch.tensor([1.0 if label is VerdictLabel.UNSAFE else -1.0 for label in wanted], device=like.device)
         return HeadLogit(self.head.logits, signs)
 
+    def certified(self, rows: Tensor, features: Tensor, bound: FeatureBound) -> list[dict[str, float] | None]:
+        """See `Decider`: nothing is proven of heads."""
+        return [None] * len(rows)
+
 
 class ModerationTask:
     """See `offline.audit.task.Task`; the attacker's goal is the verdict opposite to what is right."""
@@ -190,6 +223,10 @@ class ModerationTask:
     def criterion(self, rows: Tensor) -> Criterion:
         """See `Task.criterion`."""
         return GoalReached(self, rows)
+
+    def certified(self, rows: Tensor, features: Tensor, bound: FeatureBound) -> list[dict[str, float] | None]:
+        """See `offline.certify.CertifiedTask`; the one form is `decision`."""
+        return self.decider.certified(rows, features, bound)
 
     def objective(self, attack: str, rows: Tensor, clean: Tensor) -> Objective:
         """See `Task.objective`.

@@ -12,10 +12,11 @@ from pydantic.dataclasses import dataclass
 from offline.audit.record import Setting
 from offline.errors import PlanError
 from offline.threat import Norm, parse_eps, scaled_l2_eps
+from perception.counterattack import CounterattackSettings
 from perception.verdict import DecisionPolicy
 
-Task = Literal["moderation", "retrieval", "two-afc", "zero-shot"]
-AttackName = Literal["target-set", "white-box", "shift", "two-afc", "apgd-ce", "apgd-t"]
+Task = Literal["moderation", "retrieval", "two-afc", "odd-one-out", "zero-shot"]
+AttackName = Literal["target-set", "white-box", "shift", "two-afc", "odd-one-out", "apgd-ce", "apgd-t"]
 
 
 def _radius(value: Any) -> Any:
@@ -35,6 +36,7 @@ ATTACKS: dict[str, tuple[AttackName, ...]] = {
     "moderation": ("target-set", "white-box"),
     "retrieval": ("shift",),
     "two-afc": ("two-afc",),
+    "odd-one-out": ("odd-one-out",),
     "zero-shot": ("apgd-ce", "apgd-t"),
 }
 """The attacks of each task, in the order in which they are tried unless the plan says otherwise."""
@@ -54,6 +56,41 @@ class PolicyPlan:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class DefensePlan:
+    """What a system does to an image before it encodes it; TOML `[system.defense]` below its `[[system]]`.
+
+    Attributes:
+        kind: 'ttc', see `perception.counterattack`.
+        attacker: 'unaware' goes along the gradients of the encoder without the defence; 'adaptive' knows everything but
+            the seed of the noise (`offline.attacks.adaptive`).
+        eot: draws of noise that the adaptive attacker averages over at each look.
+        original: name of the encoder that computes tau: the one that the system's was fine-tuned from; '' for its own.
+        eps, steps, step_size, beta, threshold: see `CounterattackSettings`.
+        seed: of the noise; no attacker uses it.
+    """
+
+    kind: Literal["ttc"]
+    attacker: Literal["unaware", "adaptive"] = "adaptive"
+    eot: Count = 2
+    original: str = ""
+    eps: Eps = 4 / 255
+    steps: Count = 2
+    step_size: Eps = 1 / 255
+    beta: float = 2.0
+    threshold: float = 0.2
+    seed: NotNegative = 0
+
+    def __post_init__(self) -> None:
+        """Refuse impossible parameters."""
+        _ = self.settings
+
+    @property
+    def settings(self) -> CounterattackSettings:
+        """The parameters of the counterattack."""
+        return CounterattackSettings(self.eps, self.steps, self.step_size, self.beta, self.threshold)
+
+
+@dataclass(frozen=True, config=_STRICT)
 class SystemPlan:
     """Something that answers: an encoder, and for moderation what turns embeddings into verdicts.
 
@@ -67,6 +104,7 @@ class SystemPlan:
         policy_file: a calibrated policy in place of `policy`, relative to the plan's folder.
         head: a detector head in place of pools, relative to the data folder.
         threshold: of the head's probability.
+        defense: what it does to an image before it encodes it.
     """
 
     name: Name
@@ -78,6 +116,7 @@ class SystemPlan:
     policy_file: str = ""
     head: str = ""
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    defense: DefensePlan | None = None
 
     def __post_init__(self) -> None:
         """Refuse an impossible policy, and two deciders at once."""
@@ -111,12 +150,13 @@ class ImagesPlan:
         name: in records and tables; by default the label, else the kind.
         kind: 'folder', 'tar', 'labelled-zip' or 'mosaic' (see `offline.data.labelled`); 'demo' for the images of the
             demo task that are not in the demo pools, 'demo-exemplars' for the unsafe ones that are; for two-afc
-            'nights' or 'bapps'.
+            'nights' or 'bapps'; for odd-one-out 'things' or 'things-dreamsim'.
         path: relative to the data folder, or absolute; several for sharded or split sets.
         where: keeps the rows of a labelled zip whose columns have these values.
         class_names: 'imagenet', or a JSON file of `{class: [names]}` relative to the data folder; '' for its own names.
         label: for moderation what is right, 'safe' or 'unsafe'.
-        limit: the first so many of a seeded shuffle; 0 for all, in which case there is no shuffle.
+        limit: the first so many of a seeded shuffle; 0 for all, in which case there is no shuffle. Of BAPPS and THINGS
+            the first so many as they come.
         leave_one_out: each image is judged by the pools without its own exemplars: those of its id, or of its id and a
             view after '#'. Without it an image that is an exemplar is refused.
     """
@@ -179,7 +219,8 @@ class AuditPlan:
         targets: for moderation, images of either label that the grey-box attacker knows (Eq. 5); they are taken out of
             the queries. TOML `[[targets]]`; `limit` is 16 in the paper.
         gallery: for retrieval, the images that are searched; TOML `[[gallery]]`. Positives are of a query's class.
-        ground_truth: for retrieval, a revisited set in JSON in place of classes; see `offline.benchmarks.retrieval`.
+        ground_truth: for retrieval, a revisited set in place of classes, as published (.pkl) or in JSON; see
+            `offline.benchmarks.retrieval`.
         image_folder: its images, `<name>.jpg`, relative to the data folder.
         crop_queries: crop its queries to their boxes, as the official protocol does.
         templates: for zero-shot, prompts with one {}.
@@ -229,6 +270,8 @@ class AuditPlan:
         for combination in self.combinations:
             if not set(combination.systems) <= set(names) or len(set(combination.systems)) < 2:
                 raise ValueError(f"combination {combination.name!r} needs two of the systems {names}")
+        if self.bf16_gradients and any(system.defense is not None for system in self.systems):
+            raise ValueError("bf16_gradients are not for systems with a defense, whose own gradients they would blur")
         sets = [images.set_name for images in self.queries]
         if len(set(sets)) != len(sets):
             raise ValueError(f"sets of queries must have different names, got {sets}")
@@ -258,6 +301,9 @@ class AuditPlan:
     def as_dict(self) -> dict[str, Any]:
         """As JSON values, for the run directory."""
         values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        for system in values["systems"]:
+            if system["defense"] is None:  # plans from before there were any are the same plans
+                del system["defense"]
         return values
 
 

@@ -112,6 +112,9 @@ class AuditRecord:
         winner: the attack that made the worst version; `none` where the clean image is as bad.
         distance: norm of the perturbation.
         example: name of the pictures in the folder `examples`; empty where none were kept.
+        certified: by form of the certificate, the L2 radius at the encoder's input within which the clean image's
+            answer is proven not to change; 0 where it is wrong or nothing is proven. None where the image takes no part
+            in certified figures, as under every encoder without a proven Lipschitz constant.
     """
 
     system: str
@@ -129,6 +132,7 @@ class AuditRecord:
     winner: str
     distance: float
     example: str = ""
+    certified: Mapping[str, float] | None = None
 
     @property
     def setting(self) -> Setting:
@@ -154,7 +158,10 @@ class AuditRecord:
             Round(**{**r, "trace": tuple((int(at), _finite(v)) for at, v in r["trace"])}) for r in values["rounds"]
         )
         judgements = {name: Judgement.from_dict(values[name]) for name in ("clean", "attacked", "rounded")}
-        record = cls(**{**values, **judgements, "rounds": rounds})
+        certified = values.get("certified")
+        if certified is not None:
+            certified = {str(form): _radius(radius) for form, radius in certified.items()}
+        record = cls(**{**values, **judgements, "rounds": rounds, "certified": certified})
         for entry in fields(cls):
             value = getattr(record, entry.name)
             if (entry.type is str and not isinstance(value, str)) or (entry.type is float and _finite(value) is None):
@@ -208,6 +215,13 @@ def read_checks(run: Path) -> list[Check]:
 def as_line(value: AuditRecord | Check) -> dict[str, Any]:
     """A record or check as JSON values."""
     return asdict(value)
+
+
+def _radius(value: Any) -> float:
+    """The number itself; raises TypeError for what is no radius."""
+    if _finite(value) < 0:
+        raise TypeError(f"{value!r} is no radius")
+    return float(value)
 
 
 def _finite(value: Any) -> float:

@@ -14,14 +14,26 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from offline.audit.charts import answer_charts, curve_charts, loss_charts
+from offline.audit.certified import RADII, broken_certificates
+from offline.audit.charts import answer_charts, certified_charts, curve_charts, loss_charts
+from offline.audit.defenses import QUANTILES, Defense, defenses
 from offline.audit.figures import REFERENCE_PX, Figures, summarise
 from offline.audit.pictures import patterns
 from offline.audit.plan import AuditPlan, plan_of_run
 from offline.audit.record import RECORDS_NAME, AuditRecord, Check, Setting, read_checks, read_records
 from offline.audit.rows import WRONG_WAY
 from offline.audit.shown import shown_examples
-from offline.audit.tables import L2_NOTE, answers_text, attacks_of, csv_table, images_text, percent, scores_of
+from offline.audit.tables import (
+    CERTIFIED_NOTE,
+    L2_NOTE,
+    RADIUS_NAMES,
+    answers_text,
+    attacks_of,
+    csv_table,
+    images_text,
+    percent,
+    scores_of,
+)
 from offline.errors import RunError
 from offline.runs import read_events, write_atomically
 from perception.verdict import VerdictLabel
@@ -34,6 +46,7 @@ _TITLES = {
     "moderation": "moderation decision",
     "retrieval": "retrieval",
     "two-afc": "perceptual choices (2AFC)",
+    "odd-one-out": "perceptual choices (odd one out)",
     "zero-shot": "zero-shot classification",
 }
 
@@ -57,6 +70,7 @@ class Run:
         figures: that follow from them.
         systems: what was audited: encoder, fingerprint, hashes of pools, policy or head, number of images.
         sessions: in what it was audited: versions, device, threads; each once.
+        defenses: of the systems that have one.
         records_sha256: of the file of records.
     """
 
@@ -67,6 +81,7 @@ class Run:
     figures: Figures
     systems: Sequence[Mapping[str, Any]]
     sessions: Sequence[Mapping[str, Any]]
+    defenses: Sequence[Defense]
     records_sha256: str
 
     @classmethod
@@ -88,6 +103,7 @@ class Run:
             figures=summarise(plan, records, checks),
             systems=[systems[system.name] for system in plan.systems if system.name in systems],
             sessions=[event for i, event in enumerate(sessions) if event not in sessions[:i]],
+            defenses=defenses(plan, records, _events(path, "cost")),
             records_sha256=hashlib.sha256((path / RECORDS_NAME).read_bytes()).hexdigest(),
         )
 
@@ -115,7 +131,7 @@ class Run:
 
     def as_dict(self) -> dict[str, Any]:
         """The figures with all that identifies them, for JSON."""
-        identity = {
+        identity: dict[str, Any] = {
             "run": self.name,
             "finished": self.finished,
             "progress": [asdict(progress) for progress in self.progress],
@@ -123,6 +139,8 @@ class Run:
             "sessions": self.sessions,
             "records_sha256": self.records_sha256,
         }
+        if self.defenses:
+            identity["defenses"] = [defense.as_dict() for defense in self.defenses]
         return {**self.figures.as_dict(), "plan": self.plan.as_dict(), "identity": identity}
 
 
@@ -167,10 +185,14 @@ def page(read: Run, run: Path) -> str:
         ranked=[row for row in rows if row.means],
         scores=scores_of(rows),
         l2_note=L2_NOTE if any(row.setting.norm == "l2" for row in rows) else "",
+        quantiles=[f"{100 * q:.0f} %" for q in QUANTILES],
         checks=[(name, [c for c in read.figures.checks if c.system == name]) for name in names],
         patterns=patterns(),
         bars=answer_charts(rows, headline),
         curves=curve_charts(rows),
+        certified_radii=list(zip(RADII, RADIUS_NAMES, strict=True)),
+        certified_note=CERTIFIED_NOTE,
+        certified_curves=certified_charts(read.figures.certified),
         losses=loss_charts(read.figures.traces, headline),
         examples=shown_examples(run, names, read.records),
         plan=list(flattened(read.plan.as_dict())),
@@ -211,6 +233,12 @@ def warnings(read: Run) -> Iterator[str]:
     for system in read.plan.systems:
         if not any(check.system == system.name for check in read.figures.checks):
             yield f"{system.name}: no masking checks have been made, so nothing says how strong its attack was."
+    broken = broken_certificates(read.records)
+    if broken:
+        yield (
+            f"{len(broken)} attacked images have another answer within their certified radius, the first is "
+            f"{broken[0].id!r} of {broken[0].system}: the certificates of this run are wrong, which is a bug."
+        )
     for row in read.figures.rows:
         if not row.set and row.square_gain is not None and row.square_gain >= TOLERATED_SQUARE_GAIN:
             yield (

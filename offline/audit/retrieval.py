@@ -6,8 +6,9 @@ the images of the query's class, or those of the ground truth of a revisited set
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -31,6 +32,7 @@ from perception.encoder import Encoder
 from perception.verdict import Neighbor
 
 GALLERY = "gallery"
+EncodeFiles = Callable[[Sequence[Path]], tuple[Tensor, str]]
 AP, REVISITED_AP = "ap", "ap_medium"
 """The score that an attack on a query is measured by: of class-labelled sets, and of revisited ones."""
 
@@ -86,9 +88,13 @@ class SearchedGallery:
         Raises:
             DataError: two images have the same id.
         """
+        return cls.made(ids, pools, *encode_stream(encoder, images))
+
+    @classmethod
+    def made(cls, ids: Sequence[str], pools: Sequence[str], embeddings: Tensor, pixels: str) -> "SearchedGallery":
+        """From embeddings and the hash of the pixels that they are of; raises as `of`."""
         if len(set(ids)) < len(ids):
             raise DataError("retrieval", "two images of the gallery have the same id")
-        embeddings, pixels = encode_stream(encoder, images)
         return cls(ids, pools, embeddings, hashlib.sha256(json.dumps([ids, pools, pixels]).encode()).hexdigest())
 
 
@@ -181,7 +187,7 @@ def open_retrieval(plan: AuditPlan, encoder: Encoder, data: Path) -> RetrievalTa
     if plan.ground_truth:
         if plan.gallery or plan.queries or not plan.image_folder:
             raise PlanError("retrieval by ground_truth takes an image_folder, and no [[gallery]] and [[queries]]")
-        return _open_revisited(plan, encoder, data)
+        return open_revisited(plan, encoder, data)
     if not plan.gallery or plan.image_folder:
         raise PlanError("retrieval needs a [[gallery]], or a ground_truth with its image_folder")
     return _open_classes(plan, encoder, data)
@@ -227,7 +233,15 @@ def _same_image(images: ImagesPlan, data: Path, identity: str) -> tuple[str, Pat
 # --- revisited sets --------------------------------------------------------------------------------------------------
 
 
-def _open_revisited(plan: AuditPlan, encoder: Encoder, data: Path) -> RetrievalTask:
+def open_revisited(
+    plan: AuditPlan, encoder: Encoder, data: Path, *, limit: int = 0, encode: EncodeFiles | None = None
+) -> RetrievalTask:
+    """Read a revisited set's queries, and encode its database; see `open_retrieval`.
+
+    Args:
+        limit: the first so many queries; 0 for all.
+        encode: from files to embeddings and a hash of their pixels, in place of encoding them anew each time.
+    """
     path, folder = data / plan.ground_truth, data / plan.image_folder
     if not path.is_file():
         raise DataMissing(path)
@@ -241,10 +255,12 @@ def _open_revisited(plan: AuditPlan, encoder: Encoder, data: Path) -> RetrievalT
     require_files(
         list(files.values()), path.name, f"all images of imlist and qimlist as {plan.image_folder}/<name>.jpg"
     )
-    pixels = (encoder.preprocess.apply(read_image_file(files[name])) for name in truth.images)
-    gallery = SearchedGallery.of(encoder, truth.images, [GALLERY] * len(truth.images), pixels)
+    encode = encode or partial(_encode_files, encoder)
+    gallery = SearchedGallery.made(
+        truth.images, [GALLERY] * len(truth.images), *encode([files[name] for name in truth.images])
+    )
     items, questions = [], []
-    for query in truth.queries:
+    for query in truth.queries[: limit or None]:
         image = read_image_file(files[query.image])
         if plan.crop_queries:
             image = crop_to(image, query.box, query.image)
@@ -252,6 +268,10 @@ def _open_revisited(plan: AuditPlan, encoder: Encoder, data: Path) -> RetrievalT
         scores = {f"ap_{difficulty}": Wanted(*query.relevant(difficulty)) for difficulty in get_args(Difficulty)}
         questions.append(Question(scores))
     return RetrievalTask(items, questions, gallery, measured_by=REVISITED_AP, neighbors=plan.neighbors)
+
+
+def _encode_files(encoder: Encoder, files: Sequence[Path]) -> tuple[Tensor, str]:
+    return encode_stream(encoder, (encoder.preprocess.apply(read_image_file(file)) for file in files))
 
 
 def crop_to(image: Image, box: tuple[float, float, float, float], name: str) -> Image:

@@ -177,6 +177,56 @@ class Row:
 
 
 @dataclass(frozen=True)
+class CertifiedRow:
+    """Certified accuracy of one system and kind of images, by radius; under no attack, but against all.
+
+    Attributes:
+        system: its name in the plan.
+        form: of the certificate: 'decision' for moderation; for 2AFC 'tighter' and 'published' (methods 8.1).
+        label, set: see `Row`.
+        total: images that take part.
+        clean: share of them that are right when clean.
+        points: (eps, share that are right and certified beyond eps), by eps, which is in L2 at the encoder's input.
+    """
+
+    system: str
+    form: str
+    label: str
+    set: str
+    total: int
+    clean: Accuracy
+    points: tuple[tuple[FiniteFloat, Accuracy], ...]
+
+    def __post_init__(self) -> None:
+        """Check that all figures are of the same images, and fall with the radius.
+
+        Raises:
+            DataError: they are not, or do not.
+        """
+        radii, shares = [eps for eps, _ in self.points], [share for _, share in self.points]
+        if {share.total for share in (self.clean, *shares)} != {self.total} or min(radii, default=0.0) < 0:
+            raise DataError("audit figures", f"certified accuracies of {self.system!r} are of different images")
+        right = [self.clean.right, *(share.right for share in shares)]
+        if radii != sorted(set(radii)) or right != sorted(right, reverse=True):
+            raise DataError("audit figures", f"certified accuracies of {self.system!r} do not fall with the radius")
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What makes a row unique: system, form, label, set."""
+        return self.system, self.form, self.label, self.set
+
+    def at(self, eps: float) -> Accuracy:
+        """The certified accuracy at a radius that is among the points; KeyError where it is not."""
+        return dict(self.points)[eps]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        values: dict[str, Any] = {"system": self.system, "form": self.form, "label": self.label, "set": self.set}
+        points = [[eps, share.as_dict()] for eps, share in self.points]
+        return values | {"total": self.total, "clean": self.clean.as_dict(), "points": points}
+
+
+@dataclass(frozen=True)
 class Trace:
     """The mean over images of the highest objective that an attack had reached after so many updates.
 
@@ -203,6 +253,7 @@ class Figures:
         rows: in the order of the plan's systems and combinations, then of its settings, then by label and set.
         traces: in the same order, then in that of the attacks.
         checks: for masked gradients.
+        certified: of the systems whose encoders have a proven Lipschitz constant.
         format: of the JSON.
     """
 
@@ -210,6 +261,7 @@ class Figures:
     rows: tuple[Row, ...]
     traces: tuple[Trace, ...]
     checks: tuple[Check, ...]
+    certified: tuple[CertifiedRow, ...] = ()
     format: Literal["hardlook-audit-figures-1"] = FORMAT
 
     def __post_init__(self) -> None:
@@ -220,6 +272,8 @@ class Figures:
         """
         if not self.rows or len({row.key for row in self.rows}) != len(self.rows):
             raise DataError("audit figures", f"{len(self.rows)} rows: there must be one, and each only once")
+        if len({row.key for row in self.certified}) != len(self.certified):
+            raise DataError("audit figures", f"of {len(self.certified)} certified rows one is there twice")
 
     @property
     def updates(self) -> dict[str, int]:
@@ -240,6 +294,7 @@ class Figures:
             "traces": [asdict(trace) for trace in self.traces],
             "checks": [asdict(check) for check in self.checks],
             "updates": self.updates,
+            "certified": [row.as_dict() for row in self.certified],
         }
 
     @classmethod

@@ -8,25 +8,20 @@ A batch is a function of the plan and its number, so that a killed run goes on t
 
 import platform
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from offline.attacks.apgd import Apgd
-from offline.attacks.base import Attacked, AttackResult
-from offline.attacks.precision import Bf16Gradients
-from offline.attacks.search import Problem, SearchAttack, nothing_found
-from offline.attacks.square import Square
-from offline.attacks.targeted import Targeted
+from offline.attacks.base import AttackResult
+from offline.attacks.search import nothing_found
+from offline.audit.attacker import COST_IMAGES, SQUARE, Attacker, defended, described_defense, measured_cost
 from offline.audit.examples import ExamplePictures
-from offline.audit.masking import Subject, masking_checks
+from offline.audit.masking import masking_checks
 from offline.audit.plan import AuditPlan, SystemPlan, ThreatPlan
 from offline.audit.record import (
     CHECKS_NAME,
@@ -35,24 +30,23 @@ from offline.audit.record import (
     AuditRecord,
     Check,
     Judgement,
-    Round,
     Setting,
     as_line,
     read_checks,
 )
+from offline.audit.state import State, encode_pixels
 from offline.audit.task import Item, Task
+from offline.audit.traces import Traces
+from offline.certify import Certifier
 from offline.errors import RunError
-from offline.folding import fold
 from offline.jsonlines import JsonLines
 from offline.runs import RunDirectory, read_events
 from offline.seeds import mixed_seed
+from perception.counterattack import Counterattack
 from perception.encoder import Encoder
 from perception.encoders.tower import TowerEncoder
 from perception.preprocess import to_pixels
 
-SQUARE = "square"
-CHECK_STEPS, CHECK_QUERIES = 100, 500  # at most, of the masking checks
-_MARKS = frozenset(factor * 10**power for power in range(5) for factor in (1, 2, 5)) | {0}
 _PACKAGES = ("hardlook", "torch", "timm", "open_clip_torch", "numpy", "pillow")
 
 
@@ -68,7 +62,13 @@ class Progress:
     robust: int
 
 
-def run_audit(plan: AuditPlan, *, data: Path, folder: Path, run: Path, device: str = "cpu") -> Iterator[Progress]:
+Opener = Callable[[AuditPlan, SystemPlan, TowerEncoder], tuple[Encoder, Task]]
+"""From a system's encoder to what is attacked in its place, and the task; raises as `run_audit`."""
+
+
+def run_audit(
+    plan: AuditPlan, *, data: Path, folder: Path, run: Path, device: str = "cpu", opener: Opener | None = None
+) -> Iterator[Progress]:
     """Audit all systems of a plan, or go on with a run that was stopped; the records in `run` are the result.
 
     Args:
@@ -77,6 +77,7 @@ def run_audit(plan: AuditPlan, *, data: Path, folder: Path, run: Path, device: s
         folder: of the plan's file, which paths of pools and policies start from.
         run: run directory.
         device: torch device.
+        opener: for images that a plan cannot name, such as a benchmark's; default what the plan says.
 
     Raises:
         PerceptionError: an encoder or artefact cannot be loaded, or does not fit.
@@ -90,14 +91,25 @@ def run_audit(plan: AuditPlan, *, data: Path, folder: Path, run: Path, device: s
         RunDirectory(run, asked)
     directory: RunDirectory | None = None
     for system in plan.systems:
-        encoder = load_encoder(system.encoder, precision=system.precision, device=device)
-        task = open_task(plan, system, encoder, data, folder)
+        loaded = load_encoder(system.encoder, precision=system.precision, device=device)
+        encoder, task = opener(plan, system, loaded) if opener else _open(plan, system, loaded, data, folder)
         if directory is None:  # not before: a plan that cannot be run leaves no directory that no other may use
             directory = RunDirectory(run, asked)
             versions = {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()}
             directory.log(event="session", versions=versions, device=device, threads=torch.get_num_threads())
+        encoder = defended(system, encoder)
         _note_system(directory, system, encoder, task)
         yield from SystemAudit(plan, system, encoder, task, run, data).run()
+
+
+def _open(plan: AuditPlan, system: SystemPlan, encoder: TowerEncoder, data: Path, folder: Path) -> tuple[Encoder, Task]:
+    """What a plan says; see `Opener`."""
+    if plan.task == "two-afc":
+        from offline.audit.two_afc import compared
+
+        view = compared(encoder)
+        return view, open_task(plan, system, view, data, folder)
+    return encoder, open_task(plan, system, encoder, data, folder)
 
 
 def open_task(plan: AuditPlan, system: SystemPlan, encoder: Encoder, data: Path, folder: Path) -> Task:
@@ -114,6 +126,10 @@ def open_task(plan: AuditPlan, system: SystemPlan, encoder: Encoder, data: Path,
         from offline.audit.two_afc import open_two_afc
 
         return open_two_afc(plan, encoder, data)
+    if plan.task == "odd-one-out":
+        from offline.audit.odd_one_out import open_odd_one_out
+
+        return open_odd_one_out(plan, encoder, data)
     from offline.audit.zero_shot import open_zero_shot
 
     return open_zero_shot(plan, encoder, data)
@@ -126,8 +142,8 @@ class SystemAudit:
         self, plan: AuditPlan, system: SystemPlan, encoder: Encoder, task: Task, run: Path, data: Path
     ) -> None:
         self.plan, self.system, self.encoder, self.task, self.run_path = plan, system, encoder, task, run
-        attacked: Attacked = (fold(encoder) if isinstance(encoder, TowerEncoder) else None) or encoder
-        self.attacked = Bf16Gradients(attacked) if plan.bf16_gradients else attacked
+        self.attacker = Attacker.of(plan, system, encoder)
+        self.certifier = Certifier.of(encoder, task)
         self.records = JsonLines(run / RECORDS_NAME)
         self.pictures = ExamplePictures(run, data, plan, system.name)
         self.batches = list(_batches(task.items, plan.batch))
@@ -159,7 +175,7 @@ class SystemAudit:
         Raises:
             RunError: an attack left its threat model.
         """
-        state = _State.begin(self.task, self.encoder, rows, [item.pixels for item in self._items(rows)])
+        state = State.begin(self.task, self.encoder, rows, [item.pixels for item in self._items(rows)])
         queries = self.plan.square_queries if threat.square_queries is None else threat.square_queries
         for order, name in enumerate((*self.plan.chain, *([SQUARE] if queries else []))):
             at = state.not_at_goal()
@@ -173,24 +189,25 @@ class SystemAudit:
         return self._records(state, setting, with_examples=with_examples)
 
     def _attack(
-        self, name: str, state: "_State", at: Tensor, setting: Setting, steps: int, generator: torch.Generator
-    ) -> tuple[AttackResult, "_Traces"]:
+        self, name: str, state: State, at: Tensor, setting: Setting, steps: int, generator: torch.Generator
+    ) -> tuple[AttackResult, Traces]:
         rows, pixels = state.rows[at], state.pixels[at]
         objective = self.task.objective(name, rows, state.clean[at])
-        traces = _Traces(len(at), steps)
+        traces = Traces(len(at), steps)
         watch = None if name == SQUARE else traces.watch
-        problem = Problem(self.attacked, objective, self.task.criterion(rows), setting.threat, watch)
-        attack: SearchAttack = Square(queries=steps) if name == SQUARE else Apgd(steps, self.plan.restarts)
-        if name == "apgd-t":
-            attack = Targeted(attack)
+        problem = self.attacker.problem(name, objective, self.task.criterion(rows), setting.threat, watch)
         found = nothing_found(pixels)
-        attack.go_on(problem, pixels, found, generator)
+        self.attacker.attack(name, steps).go_on(problem, pixels, found, generator)
         return found, traces
 
-    def _records(self, state: "_State", setting: Setting, *, with_examples: bool) -> list[AuditRecord]:
+    def _records(self, state: State, setting: Setting, *, with_examples: bool) -> list[AuditRecord]:
         eight_bit = (state.images * 255).round().to(torch.uint8).cpu().numpy()
-        rounded = self.task.judge(state.rows, _encode(self.encoder, list(eight_bit)))
+        rounded = self.task.judge(state.rows, encode_pixels(self.encoder, to_pixels(list(eight_bit))))
+        clean = _gated(self.encoder, state.pixels, state.judged)
+        attacked = _gated(self.encoder, state.images, state.worst)
         distance = setting.threat.distance(state.images, state.pixels).tolist()
+        certifier = self.certifier
+        certified = certifier.radii(state.rows, state.pixels, state.judged) if certifier else [None] * len(clean)
         records = []
         for i, item in enumerate(self._items(state.rows)):
             record = AuditRecord(
@@ -202,12 +219,13 @@ class SystemAudit:
                 set=item.set,
                 id=item.id,
                 label=item.label,
-                clean=_short(state.judged[i]),
-                attacked=_short(state.worst[i]),
+                clean=_short(clean[i]),
+                attacked=_short(attacked[i]),
                 rounded=_short(rounded[i], with_neighbors=False),
                 rounds=tuple(state.rounds[i]),
                 winner=state.winners[i],
                 distance=round(distance[i], DECIMALS),
+                certified=certified[i],
             )
             if with_examples:
                 position = self.positions[int(state.rows[i])]
@@ -223,107 +241,23 @@ class SystemAudit:
         total = len(self.task.items)
         tried = min(2 * self.plan.check_images, total)
         rows = torch.tensor([i * total // tried for i in range(tried)])
-        state = _State.begin(self.task, self.encoder, rows, [item.pixels for item in self._items(rows)])
+        state = State.begin(self.task, self.encoder, rows, [item.pixels for item in self._items(rows)])
         at = state.not_at_goal()[: self.plan.check_images]
         rows, clean = rows[at], state.clean[at]
         if not len(at):
             nothing = "no image could be checked: the attacker's goal is reached without an attack"
             checks = [Check(self.system.name, "gradients", False, nothing, {"images": 0})]
         else:
-            subject = Subject(
-                system=self.system.name,
-                encoder=self.encoder,
-                attacked=self.attacked,
-                objective=self.task.objective(self.plan.chain[0], rows, clean),
-                black_box=self.task.objective(SQUARE, rows, clean),
-                criterion=self.task.criterion(rows),
-                pixels=state.pixels[at],
-                threat=setting.threat,
+            along, black_box = (self.task.objective(name, rows, clean) for name in (self.plan.chain[0], SQUARE))
+            subject = self.attacker.subject(
+                along, black_box, self.task.criterion(rows), state.pixels[at], setting.threat
             )
-            steps = min(setting.steps, CHECK_STEPS)
-            checks = list(masking_checks(subject, steps=steps, queries=CHECK_QUERIES, seed=self.plan.seed))
+            steps, queries = self.attacker.check_limits(setting.steps)
+            checks = list(masking_checks(subject, steps=steps, queries=queries, seed=self.plan.seed))
         JsonLines(self.run_path / CHECKS_NAME).append([as_line(check) for check in checks])
 
     def _items(self, rows: Tensor) -> list[Item]:
         return [self.task.items[row] for row in rows.tolist()]
-
-
-@dataclass
-class _State:
-    """A batch on its way through the chain; lists and tensors have one entry an item.
-
-    Attributes:
-        task: whose items they are; rows: which.
-        pixels, clean: (b, 3, h, w) as they are, and their embeddings (b, d).
-        images: (b, 3, h, w) the worst versions so far, which `worst` judges; `judged` are the clean ones.
-        winners, rounds: see `AuditRecord`.
-    """
-
-    task: Task
-    rows: Tensor
-    pixels: Tensor
-    clean: Tensor
-    judged: list[Judgement]
-    images: Tensor
-    worst: list[Judgement]
-    winners: list[str]
-    rounds: list[list[Round]]
-
-    @classmethod
-    def begin(cls, task: Task, encoder: Encoder, rows: Tensor, images: Sequence[NDArray[np.uint8]]) -> "_State":
-        """Before any attack."""
-        clean = _encode(encoder, images)
-        pixels = to_pixels(images).to(clean.device)
-        judged = task.judge(rows, clean)
-        empty: list[list[Round]] = [[] for _ in images]
-        return cls(task, rows, pixels, clean, judged, pixels.clone(), list(judged), ["none"] * len(images), empty)
-
-    def not_at_goal(self) -> Tensor:
-        """(k,) int64, whose attacker is not content."""
-        found = [not self.task.at_goal(row, j) for row, j in zip(self.rows.tolist(), self.worst, strict=True)]
-        return torch.nonzero(torch.tensor(found)).flatten()
-
-    def take(self, name: str, at: Tensor, found: AttackResult, traces: "_Traces", encoder: Encoder) -> None:
-        """Judge what an attack brought for the items `at`, and keep what is worse than before."""
-        judged = self.task.judge(self.rows[at], _encode_pixels(encoder, found.adversarial))
-        for place, i in enumerate(at.tolist()):
-            row, now = int(self.rows[i]), judged[place]
-            before, after = self.task.severity(row, self.worst[i]), self.task.severity(row, now)
-            if after > before or (after == before and self.winners[i] == "none"):
-                self.worst[i], self.winners[i] = now, name
-                self.images[i] = found.adversarial[place]
-            updates, objective = int(found.updates[place]), round(float(found.objective[place]), DECIMALS)
-            self.rounds[i].append(
-                Round(
-                    attack=name,
-                    updates=updates,
-                    objective=objective,
-                    reached=self.task.at_goal(row, now),
-                    answer=self.worst[i].answer,
-                    correct=self.worst[i].correct,
-                    trace=traces.of(place),
-                )
-            )
-
-
-class _Traces:
-    """The highest objective of each item at some updates of an attack's first run."""
-
-    def __init__(self, items: int, steps: int) -> None:
-        self._points: list[list[tuple[int, float]]] = [[] for _ in range(items)]
-        self._marks, self._last, self._first_run = _MARKS | {steps}, -1, True
-
-    def watch(self, rows: Tensor, updates: int, best: Tensor) -> None:
-        """See `offline.attacks.search.Watch`."""
-        self._first_run &= updates > self._last
-        self._last = updates
-        if self._first_run and updates in self._marks:
-            for row, value in zip(rows.tolist(), best.tolist(), strict=True):
-                self._points[row].append((updates, round(value, DECIMALS)))
-
-    def of(self, item: int) -> tuple[tuple[int, float], ...]:
-        """The points of one item."""
-        return tuple(self._points[item])
 
 
 def _batches(items: Sequence[Item], size: int) -> Iterator[Tensor]:
@@ -345,20 +279,19 @@ def _positions(items: Sequence[Item]) -> list[int]:
     return positions
 
 
+def _gated(encoder: Encoder, pixels: Tensor, judged: Sequence[Judgement]) -> list[Judgement]:
+    """The judgements with tau among their scores, where a defence has one."""
+    if not isinstance(encoder, Counterattack):
+        return list(judged)
+    taus = encoder.defend(pixels).tau.tolist()
+    return [replace(j, scores={**j.scores, "tau": tau}) for j, tau in zip(judged, taus, strict=True)]
+
+
 def _short(judgement: Judgement, *, with_neighbors: bool = True) -> Judgement:
     """A judgement as it is recorded."""
     near = [replace(n, similarity=round(n.similarity, DECIMALS)) for n in judgement.neighbors] if with_neighbors else []
     scores = {name: round(float(value), DECIMALS) for name, value in judgement.scores.items()}
     return Judgement(judgement.answer, judgement.correct, scores, tuple(near))
-
-
-def _encode(encoder: Encoder, images: Sequence[NDArray[np.uint8]]) -> Tensor:
-    return _encode_pixels(encoder, to_pixels(images))
-
-
-def _encode_pixels(encoder: Encoder, pixels: Tensor) -> Tensor:
-    with torch.no_grad():
-        return encoder.encode(pixels)
 
 
 def _note_system(directory: RunDirectory, system: SystemPlan, encoder: Encoder, task: Task) -> None:
@@ -374,6 +307,7 @@ def _note_system(directory: RunDirectory, system: SystemPlan, encoder: Encoder, 
         "fingerprint": encoder.fingerprint,
         "items": len(task.items),
         **task.identity,
+        **described_defense(system, encoder),
     }
     earlier = [e for e in read_events(directory.path, "system") if e["system"] == system.name]
     if not earlier:
@@ -384,6 +318,10 @@ def _note_system(directory: RunDirectory, system: SystemPlan, encoder: Encoder, 
                 f"{directory.path} was begun with {name} {earlier[0].get(name)!r} of system {system.name!r}, now it is "
                 f"{value!r}: choose another --run folder"
             )
+    measured = any(event["system"] == system.name for event in read_events(directory.path, "cost"))
+    if system.defense is not None and not measured:
+        images = [item.pixels for item in task.items[:: max(1, len(task.items) // COST_IMAGES)]]
+        directory.log(event="cost", system=system.name, **measured_cost(encoder, images))
 
 
 def _progress(system: str, setting: Setting, seen: Sequence[AuditRecord], total: int) -> Progress:

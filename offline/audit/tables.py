@@ -5,11 +5,18 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from offline.audit.rows import VERSIONS, WRONG_WAY, Answers, Figures, Mean, Row
+from offline.audit.certified import RADII
+from offline.audit.rows import VERSIONS, WRONG_WAY, Answers, CertifiedRow, Figures, Mean, Row
 from offline.benchmarks.intervals import Accuracy
 from perception.verdict import VerdictLabel
 
 L2_NOTE = "Radii of l2 are at 224 px; they scale with the side of an encoder's input."
+
+CERTIFIED_NOTE = (
+    "Certified: the share of images that are right, and proven to stay so under every perturbation of at most that L2 "
+    "norm, over [0, 1] pixels at the encoder's own input (not scaled). A lower bound: others may be robust, too."
+)
+RADIUS_NAMES = tuple(f"{round(255 * eps)}/255" for eps in RADII)
 
 
 def percent(share: Accuracy | Mean | None) -> str:
@@ -25,7 +32,7 @@ def answers_text(answers: Answers) -> str:
     return "/".join(f"{100 * share.value:.1f}" for share in answers.shares.values())
 
 
-def images_text(row: Row) -> str:
+def images_text(row: Row | CertifiedRow) -> str:
     """Which images a row is of."""
     label = "" if row.set.startswith(row.label) else row.label  # sets are often called after their label
     return ", ".join(part for part in (label, row.set) if part) or "all"
@@ -56,12 +63,19 @@ def table(figures: Figures) -> str:
         parts.append(_markdown(heads, (cells for row in ranked for cells in _ranked_cells(row))))
     if any(row.setting.norm == "l2" for row in figures.rows):
         parts.append(L2_NOTE + "\n")
+    if figures.certified:
+        heads = ["system", "certificate", "images", "n", "clean", *(f"l2 {name}" for name in RADIUS_NAMES)]
+        parts.append(_markdown(heads, map(_certified_cells, figures.certified)))
+        parts.append(CERTIFIED_NOTE + "\n")
     return "\n".join(parts)
 
 
 def csv_table(figures: Figures) -> str:
-    """One line a row; all shares and means in [0, 1], empty where there is none."""
-    lines = [_flat(row) for row in figures.rows]
+    """One line a row; all shares and means in [0, 1], empty where there is none.
+
+    Certified accuracies are in every line of their images, whatever its setting: they are of no attack.
+    """
+    lines = [_flat(row) | _flat_certified(row, figures.certified) for row in figures.rows]
     columns = list(dict.fromkeys(name for line in lines for name in line))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
@@ -87,6 +101,27 @@ def _ranked_cells(row: Row) -> Iterator[list[str]]:
     for name, means in row.means.items():
         measured = [percent(means[version]) for version in VERSIONS]
         yield [row.system, str(row.setting), images_text(row), name, str(means["clean"].total), *measured]
+
+
+def _certified_cells(row: CertifiedRow) -> list[str]:
+    shares = [percent(row.at(eps)) for eps in RADII]
+    return [row.system, row.form, images_text(row), str(row.total), percent(row.clean), *shares]
+
+
+def _flat_certified(row: Row, certified: Sequence[CertifiedRow]) -> dict[str, Any]:
+    """The certified accuracies of a row's images at the published radii."""
+    line: dict[str, Any] = {}
+    for found in certified:
+        if (found.system, found.label, found.set) == (row.system, row.label, row.set):
+            for eps, name in zip(RADII, RADIUS_NAMES, strict=True):
+                column, share = f"certified_{found.form}_l2_{name.replace('/', '_')}", found.at(eps)
+                low, high = share.interval
+                line |= {
+                    column: round(share.value, 6),
+                    f"{column}_low": round(low, 6),
+                    f"{column}_high": round(high, 6),
+                }
+    return line
 
 
 def _flat(row: Row) -> dict[str, Any]:

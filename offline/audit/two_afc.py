@@ -1,10 +1,14 @@
-"""Two-alternative forced choice on NIGHTS and BAPPS, with the reference perturbed (methods 5.3, 6.1 and 6.2)."""
+"""Two-alternative forced choice on NIGHTS and BAPPS, with the reference perturbed (methods 5.3, 6.1 and 6.2).
+
+Encoders whose authors compare images by a distance, not by the cosine, are `offline.audit.two_afc_distance`'s matter.
+"""
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -15,18 +19,19 @@ from torch import Tensor
 from offline.audit.embeddings import BATCH, batches, encode_stream, require_finite
 from offline.audit.plan import AuditPlan, ImagesPlan
 from offline.audit.record import Judgement
-from offline.audit.task import Item
+from offline.audit.task import Item, Task
+from offline.audit.two_afc_distance import SIDES, CandidatePairs, DistanceTwoAfcTask, DistanceView
 from offline.benchmarks.two_afc import choose_by_embedding
 from offline.criteria import Criterion, TwoAfcWrong
 from offline.data.files import read_image_file
 from offline.data.two_afc import Triplet, read_triplets
 from offline.errors import DataError, PlanError
 from offline.objectives import Objective, TwoAfcCrossEntropy
+from perception.certificates import FeatureBound, published_two_afc_radii, two_afc_radii
 from perception.encoder import Encoder
+from perception.encoders.tower import TowerEncoder
 from perception.preprocess import PreprocessSpec
 from perception.similarity import cosine_similarity
-
-SIDES = ("left", "right")
 
 _Preprocess = Callable[[Image], NDArray[np.uint8]]
 
@@ -34,15 +39,24 @@ _Preprocess = Callable[[Image], NDArray[np.uint8]]
 class TwoAfcTask:
     """See `offline.audit.task.Task`; the attacker of a reference wants the other candidate chosen."""
 
-    def __init__(self, items: Sequence[Item], left: Tensor, right: Tensor, identity: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        items: Sequence[Item],
+        left: Tensor,
+        right: Tensor,
+        identity: Mapping[str, str],
+        undecided: Sequence[bool] | None = None,
+    ) -> None:
         """Hold the triplets.
 
         Args:
             items: the references, labelled 'left' or 'right'.
             left, right: (n, d) unit embeddings of the candidates.
             identity: see `Task.identity`.
+            undecided: for each item, whether exactly half of the raters prefer either candidate; by default nowhere.
         """
         self.items, self.identity = items, identity
+        self._undecided = undecided if undecided is not None else [False] * len(items)
         self._left, self._right = left, right
         self._labels = torch.tensor([SIDES.index(item.label) for item in items], device=left.device)
 
@@ -81,20 +95,33 @@ class TwoAfcTask:
             raise PlanError(f"two-afc knows the attack two-afc, got {attack!r}")
         return TwoAfcCrossEntropy(*self._of(rows, clean.device))
 
+    def certified(self, rows: Tensor, features: Tensor, bound: FeatureBound) -> list[dict[str, float] | None]:
+        """See `offline.certify.CertifiedTask`; the forms are those of methods 8.1, and undecided triplets are left out.
+
+        NIGHTS has none, and neither has BAPPS' validation set of five raters each.
+        """
+        left, right, _ = self._of(rows, features.device)
+        reference, x, y = (each.detach().cpu().numpy() for each in (features, left, right))
+        tighter, published = (form(reference, x, y, bound) for form in (two_afc_radii, published_two_afc_radii))
+        return [
+            None if self._undecided[row] else {"tighter": float(tighter[i]), "published": float(published[i])}
+            for i, row in enumerate(rows.tolist())
+        ]
+
     def _of(self, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Left and right embeddings and the labels of some items."""
         rows = rows.to(self._left.device)
         return self._left[rows].to(device), self._right[rows].to(device), self._labels[rows].to(device)
 
 
-def open_two_afc(plan: AuditPlan, encoder: Encoder, data: Path) -> TwoAfcTask:
+def open_two_afc(plan: AuditPlan, encoder: Encoder, data: Path) -> Task:
     """Read the triplets and encode their candidates; holds the references' pixels, 150 kB each at 224 px.
 
     The sets of the items are the splits of NIGHTS and BAPPS, under the name of the plan's set where it has one.
 
     Args:
         plan: each of its queries is of the kind 'nights' or 'bapps', and has one path.
-        encoder: of the system.
+        encoder: of the system, as `compared` gives it.
         data: folder that relative paths start from.
 
     Raises:
@@ -104,21 +131,66 @@ def open_two_afc(plan: AuditPlan, encoder: Encoder, data: Path) -> TwoAfcTask:
     """
     if not plan.queries:
         raise PlanError("two-afc needs [[queries]] of the kind 'nights' or 'bapps'")
-    items: list[Item] = []
-    sides: tuple[list[Tensor], list[Tensor]] = ([], [])
-    digest = hashlib.sha256()
+    sets = []
     for images in plan.queries:
         triplets = read_triplets(images.kind, _folder(images, data), images.limit, plan.seed)
-        preprocess = _preprocess(images.kind, encoder.preprocess)
-        for batch in batches(triplets, BATCH):
-            left, right, hashes = _candidates(encoder, batch, preprocess)
-            sides[0].append(left)
-            sides[1].append(right)
-            items += [_item(triplet, images.name, preprocess) for triplet in batch]
+        sets.append(TripletSet(images.kind, triplets, images.name))
+    return task_of_triplets(sets, encoder)
+
+
+@dataclass(frozen=True)
+class TripletSet:
+    """Triplets of one data set.
+
+    Attributes:
+        kind: 'nights' or 'bapps', which decides on the preprocessing.
+        triplets: of any splits.
+        name: put before the splits' names; may be empty.
+    """
+
+    kind: str
+    triplets: Sequence[Triplet]
+    name: str = ""
+
+
+def task_of_triplets(sets: Sequence[TripletSet], encoder: Encoder) -> Task:
+    """The task of triplets that have been chosen; see `open_two_afc`.
+
+    Raises:
+        DataError: an image cannot be read, or two triplets of a set have the same id.
+        PlanError: the encoder compares by distance, and is not as `compared` gives it.
+        NonFiniteEmbedding: a candidate has no embedding.
+    """
+    if getattr(encoder, "metric", "cosine") == "l2" and not isinstance(encoder, DistanceView):
+        raise PlanError(f"{encoder.name} compares by distance: 2AFC takes it as `compared` gives it")
+    items: list[Item] = []
+    candidates: CandidatePairs | _Embedded
+    candidates = CandidatePairs(encoder) if isinstance(encoder, DistanceView) else _Embedded(encoder)
+    digest = hashlib.sha256()
+    for of_set in sets:
+        preprocess = _preprocess(of_set.kind, encoder.preprocess)
+        for batch in batches(of_set.triplets, BATCH):
+            left, right = (
+                [preprocess(read_image_file(path)) for path in paths]
+                for paths in ([t.left for t in batch], [t.right for t in batch])
+            )
+            hashes = candidates.add(left, right)
+            items += [_item(triplet, of_set.name, preprocess) for triplet in batch]
             digest.update(json.dumps([*hashes, *((t.set, t.id, t.prefers_right) for t in batch)]).encode())
     if len({(item.set, item.id) for item in items}) < len(items):
         raise DataError("two-afc", "two triplets of a set have the same id")
-    return TwoAfcTask(items, torch.cat(sides[0]), torch.cat(sides[1]), {"triplets_sha256": digest.hexdigest()})
+    identity = {"triplets_sha256": digest.hexdigest()}
+    if isinstance(candidates, CandidatePairs):
+        return DistanceTwoAfcTask(items, candidates, identity)
+    undecided = [triplet.judge == 0.5 for of_set in sets for triplet in of_set.triplets]
+    return TwoAfcTask(items, *candidates.sides, identity, undecided)
+
+
+def compared(encoder: Encoder) -> Encoder:
+    """An encoder as 2AFC compares with it: itself, or for those that compare by distance a view of it."""
+    if getattr(encoder, "metric", "cosine") == "l2":
+        return DistanceView(cast(TowerEncoder, encoder))
+    return encoder
 
 
 def _folder(images: ImagesPlan, data: Path) -> Path:
@@ -150,14 +222,25 @@ def _item(triplet: Triplet, name: str, preprocess: _Preprocess) -> Item:
     return Item(set_name, triplet.id, SIDES[triplet.prefers_right], pixels)
 
 
-def _candidates(
-    encoder: Encoder, triplets: Sequence[Triplet], preprocess: _Preprocess
-) -> tuple[Tensor, Tensor, tuple[str, str]]:
-    """Embeddings of the left and the right candidates, and the hashes of their pixels."""
-    left = [preprocess(read_image_file(triplet.left)) for triplet in triplets]
-    right = [preprocess(read_image_file(triplet.right)) for triplet in triplets]
-    of_left, left_hash = encode_stream(encoder, left)
-    of_right, right_hash = encode_stream(encoder, right)
-    # BAPPS has triplets of two equal candidates: they must tie, whatever a batch does to the last bit.
-    same = torch.tensor([np.array_equal(a, b) for a, b in zip(left, right, strict=True)], device=of_left.device)
-    return of_left, torch.where(same[:, None], of_left, of_right), (left_hash, right_hash)
+class _Embedded:
+    """The candidates' embeddings."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._left: list[Tensor] = []
+        self._right: list[Tensor] = []
+
+    def add(self, left: Sequence[NDArray[np.uint8]], right: Sequence[NDArray[np.uint8]]) -> tuple[str, str]:
+        """Take in a batch of pairs; returns the hashes of their pixels."""
+        of_left, left_hash = encode_stream(self._encoder, left)
+        of_right, right_hash = encode_stream(self._encoder, right)
+        # BAPPS has triplets of two equal candidates: they must tie, whatever a batch does to the last bit.
+        same = torch.tensor([np.array_equal(a, b) for a, b in zip(left, right, strict=True)], device=of_left.device)
+        self._left.append(of_left)
+        self._right.append(torch.where(same[:, None], of_left, of_right))
+        return left_hash, right_hash
+
+    @property
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """(n, d) of all left and all right candidates."""
+        return torch.cat(self._left), torch.cat(self._right)

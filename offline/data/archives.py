@@ -58,20 +58,20 @@ def open_archive(path: Path) -> zipfile.ZipFile:
         raise DataError(str(path), f"is not a readable zip: {error}") from error
 
 
-def read_rows(archive: zipfile.ZipFile) -> list[dict[str, str]]:
-    """The rows of an archive's `labels.csv` (columns `file`, optional `class`, any others).
+def read_rows(archive: zipfile.ZipFile, table: str = "labels.csv") -> list[dict[str, str]]:
+    """The rows of an archive's table (columns `file`, optional `class`, any others).
 
     Raises:
         DataError: there is no such table, or it is damaged.
     """
     try:
-        text = archive.read("labels.csv").decode("utf8")
+        text = archive.read(table).decode("utf8")
         rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
     except (KeyError, OSError, ValueError, zipfile.BadZipFile, zlib.error, csv.Error) as error:
-        raise DataError(str(archive.filename), f"has no readable labels.csv: {error}") from error
+        raise DataError(str(archive.filename), f"has no readable {table}: {error}") from error
     for number, row in enumerate(rows, 2):
         if "file" not in row or None in row or None in row.values():
-            raise DataError(str(archive.filename), f"labels.csv, row {number}: needs a column 'file' and no gaps")
+            raise DataError(str(archive.filename), f"{table}, row {number}: needs a column 'file' and no gaps")
     return rows
 
 

@@ -19,11 +19,12 @@ from offline.errors import DataError, PlanError
 KINDS = ("nights", "bapps")
 NIGHTS_LAYOUT = (
     "the layout of nights.zip of the dataset NIGHTS (DreamSim): data.csv, ref/xxx/yyy.png, distort/xxx/yyy_0.png and "
-    "distort/xxx/yyy_1.png"
+    "distort/xxx/yyy_1.png; get it with dataset/download_dataset.sh of DreamSim's repository (58 GB)"
 )
 BAPPS_LAYOUT = (
     "the layout of the 2AFC validation set of BAPPS (dataset of LPIPS): 2afc/val/<split>/{ref,p0,p1}/*.png and "
-    f"2afc/val/<split>/judge/*.npy for the splits {', '.join(BAPPS_SPLITS)}"
+    f"2afc/val/<split>/judge/*.npy for the splits {', '.join(BAPPS_SPLITS)}; get it with the script "
+    "scripts/download_dataset_valonly.sh of LPIPS' repository (PerceptualSimilarity)"
 )
 MIN_VOTES = 6
 """Raters of NIGHTS who agree with each other, at least, for a triplet to count."""
@@ -40,6 +41,7 @@ class Triplet:
         set: split that it is reported with.
         reference, left, right: image files.
         prefers_right: what most people say.
+        judge: the share of people who say so of the right one; None where the data set does not tell.
     """
 
     id: str
@@ -48,6 +50,7 @@ class Triplet:
     left: Path
     right: Path
     prefers_right: bool
+    judge: float | None = None
 
 
 def read_triplets(kind: str, folder: Path, limit: int, seed: int) -> list[Triplet]:
@@ -138,10 +141,11 @@ def read_bapps(folder: Path, limit: int = 0) -> list[Triplet]:
         kept = names[: limit or None]
         judges = [root / "judge" / f"{name}.npy" for name in kept]
         require_files(judges, "BAPPS", BAPPS_LAYOUT)
-        majority = prefers_right(torch.tensor([_judgement(path) for path in judges])).tolist()
-        for name, says_right in zip(kept, majority, strict=True):
+        shares = [_judgement(path) for path in judges]
+        majority = prefers_right(torch.tensor(shares)).tolist()
+        for name, says_right, judge in zip(kept, majority, shares, strict=True):
             reference, left, right = (root / part / f"{name}.png" for part in ("ref", "p0", "p1"))
-            triplets.append(Triplet(name, split, reference, left, right, says_right))
+            triplets.append(Triplet(name, split, reference, left, right, says_right, judge))
     return triplets
 
 

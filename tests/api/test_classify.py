@@ -88,7 +88,12 @@ def test_answer_names_model_snapshot_policy_and_evidence(
     client: TestClient, encoder: ToyEncoder, unsafe_png: bytes
 ) -> None:
     answer = raw(client, unsafe_png)
-    assert answer["model"] == {"name": encoder.name, "fingerprint": encoder.fingerprint, "precision": "fp32"}
+    assert answer["model"] == {
+        "name": encoder.name,
+        "fingerprint": encoder.fingerprint,
+        "precision": "fp32",
+        "defense": None,
+    }
     pools = next(c for c in client.get("/pools").json()["collections"] if c["name"] == "pools")
     present = {name: pools[name] for name in ("version", "revision", "created_at")}
     assert answer["snapshot"] == {"collection": "pools", **present}

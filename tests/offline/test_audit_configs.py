@@ -19,7 +19,13 @@ def read(name: str) -> AuditPlan:
 
 
 def test_there_are_plans_for_all_tasks() -> None:
-    assert {read(path.name).task for path in CONFIGS} == {"moderation", "retrieval", "two-afc", "zero-shot"}
+    assert {read(path.name).task for path in CONFIGS} == {
+        "moderation",
+        "retrieval",
+        "two-afc",
+        "odd-one-out",
+        "zero-shot",
+    }
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -13,6 +13,7 @@ from perception.testing import ToyEncoder
 from service.errors import SettingsError
 from service.replicas import devices, serve_on, text_tower, try_out, warm_up_queries
 from service.settings import Settings
+from tests.lipschitz_toy import IsometricEncoder
 
 
 def no_cuda(monkeypatch: pytest.MonkeyPatch, count: int = 0) -> None:
@@ -116,3 +117,14 @@ def test_text_towers() -> None:
     assert text_tower(ToyEncoder()) is None
     assert text_tower(WithText()) == "a tower"  # type: ignore[comparison-overlap]
     assert [type(query.subject).__name__ for query in warm_up_queries(ToyEncoder(), None)] == ["ndarray"]
+
+
+@pytest.mark.parametrize(
+    ("place", "proven", "kept"), [("cuda:0", True, False), ("cuda:0", False, True), ("cpu", True, True)]
+)
+def test_an_encoder_with_a_proven_constant_has_no_tf32(
+    monkeypatch: pytest.MonkeyPatch, place: str, proven: bool, kept: bool
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    serve_on((place,), lambda device: IsometricEncoder() if proven else ToyEncoder(), Settings())
+    assert torch.backends.cudnn.allow_tf32 is kept

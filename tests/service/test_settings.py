@@ -73,6 +73,16 @@ VALUES = {
     "job_bytes": "34",
     "job_concurrency": "35",
     "job_results_s": "36.5",
+    "defense": "ttc",
+    "ttc_eps": "0.01",
+    "ttc_steps": "3",
+    "ttc_step_size": "0.002",
+    "ttc_beta": "1.5",
+    "ttc_threshold": "0.25",
+    "ttc_original": "bundled/clean",
+    "ttc_seed_file": "seed",
+    "ttc_similar": "True",
+    "ttc_together": "4",
 }
 
 
