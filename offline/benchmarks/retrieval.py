@@ -2,8 +2,9 @@
 
 Owns the metrics and the ground truth's file. Knows no images and no attacks: rankings come in as row numbers.
 
-The revisited sets publish their ground truth as pickles, which nothing here reads. `GroundTruth.load` reads a JSON
-object of the same fields, and the conversion, in a restricted unpickler on a machine of no worth, is the user's:
+The revisited sets publish their ground truth as pickles, `gnd_roxford5k.pkl` and `gnd_rparis6k.pkl` (methods 6.4).
+`GroundTruth.load` reads them as plain data, without running them (`offline.data.pickled`), or a JSON object of the same
+fields:
 
     {"imlist": ["all_souls_000013", ...], "qimlist": ["...", ...],
      "gnd": [{"bbx": [x1, y1, x2, y2], "easy": [row, ...], "hard": [row, ...], "junk": [row, ...]}, ...]}
@@ -18,10 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from offline.errors import DataError
+from offline.data.pickled import read_pickled
+from offline.errors import DataError, DataMissing
 
 Difficulty = Literal["easy", "medium", "hard"]
 
@@ -66,19 +69,25 @@ class GroundTruth:
 
     @classmethod
     def load(cls, path: Path) -> "GroundTruth":
-        """Read the JSON layout that the module describes.
+        """Read the layout that the module describes: plain data of a pickle where the name ends in .pkl, else JSON.
 
         Raises:
             DataError: absent, damaged, of another layout, or with rows that the database does not have.
         """
         try:
-            table = json.loads(path.read_bytes())
+            table = read_pickled(path) if path.suffix == ".pkl" else json.loads(path.read_bytes())
+            if not isinstance(table, dict):
+                raise TypeError(f"it holds a {type(table).__name__}, expected a dict of imlist, qimlist and gnd")
             images, names = tuple(map(_text, table["imlist"])), tuple(map(_text, table["qimlist"]))
             if len(set(images)) != len(images):
                 raise ValueError("names in imlist are not unique")
             entries = zip(names, table["gnd"], strict=True)
             return cls(images, tuple(_query(name, entry, len(images)) for name, entry in entries))
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        except DataError as error:  # of the pickle
+            raise DataError(error.data, f"is no ground truth: {error.reason}") from error
+        except DataMissing as error:
+            raise DataError(str(path), "is no ground truth: there is no such file") from error
+        except (OSError, ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError) as error:
             raise DataError(str(path), f"is no ground truth: {error!r}") from error
 
     def average_precisions(self, rankings: Sequence[Sequence[int]], difficulty: Difficulty) -> "QueryScores":
@@ -107,13 +116,22 @@ def _query(name: str, entry: dict[str, Any], size: int) -> RevisitedQuery:
     box = tuple(map(float, entry["bbx"]))
     if len(box) != 4 or not all(map(math.isfinite, box)) or box[0] >= box[2] or box[1] >= box[3]:
         raise ValueError(f"bbx of {name} must be x1 < x2, y1 < y2, got {box}")
-    rows = {key: list(entry[key]) for key in ("easy", "hard", "junk")}
+    rows = {key: _rows(entry[key], f"{key} of {name}") for key in ("easy", "hard", "junk")}
     together = [row for part in rows.values() for row in part]
     if not all(type(row) is int and 0 <= row < size for row in together):
         raise ValueError(f"rows of {name} must be integers below {size}")
     if len(set(together)) != len(together):
         raise ValueError(f"a row of {name} is listed twice")
     return RevisitedQuery(name, (box[0], box[1], box[2], box[3]), *(frozenset(part) for part in rows.values()))
+
+
+def _rows(values: Any, what: str) -> list[Any]:
+    """As a list; an empty array has no type that means anything."""
+    if not isinstance(values, np.ndarray):
+        return list(values)
+    if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
+        raise ValueError(f"{what} must be a list of rows, got an array {values.shape} of {values.dtype}")
+    return list(values.tolist())
 
 
 @dataclass(frozen=True)
