@@ -8,18 +8,20 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from offline.data.labelled import ConcatenatedImages, TrainingExample
 from offline.errors import PlanError, RunError
 from perception.errors import ImageError
-from perception.preprocess import PreprocessSpec
+
+T = TypeVar("T")
 
 MAX_ATTEMPTS = 100
 PREFETCHED = 2  # batches that wait, in each worker
@@ -143,6 +145,13 @@ class Batch:
     unreadable: tuple[Unreadable, ...]
 
 
+class Transform(Protocol):
+    """From an image to pixels, as `PreprocessSpec` has it."""
+
+    def apply(self, image: Image) -> NDArray[np.uint8]:
+        """One RGB image -> (3, size_px, size_px) uint8."""
+
+
 class BatchReader:
     """Reads and preprocesses the slots that belong to one process."""
 
@@ -150,14 +159,14 @@ class BatchReader:
         self,
         sources: ConcatenatedImages,
         plan: BatchPlan,
-        preprocess: PreprocessSpec,
+        preprocess: Transform,
         random_flip: bool = False,
         slots: tuple[int, int] | None = None,
     ) -> None:
         """Bind the plan to its sources.
 
         Args:
-            preprocess: the encoder's evaluation transform.
+            preprocess: the encoder's evaluation transform, or another one.
             random_flip: mirror every second image at random.
             slots: first and behind the last slot of this process; default all.
 
@@ -215,36 +224,48 @@ class BatchReader:
         Raises:
             RunError: see `read`.
         """
-        steps = range(start_step, stop_step)
-        return self._from_processes(steps, workers) if workers else _ahead(self.read, steps)
-
-    def _from_processes(self, steps: range, workers: int) -> Generator[Batch, None, None]:
-        loader: DataLoader[Batch | RunError] = DataLoader(
-            _Steps(self), batch_size=None, sampler=steps, num_workers=workers, prefetch_factor=PREFETCHED
-        )
-        for batch in loader:
-            if isinstance(batch, RunError):
-                raise batch
-            yield batch
+        return stream_steps(self.read, range(start_step, stop_step), workers)
 
 
-class _Steps(Dataset[Batch | RunError]):
+def stream_steps(read: Callable[[int], T], steps: range, workers: int = 0) -> Generator[T, None, None]:
+    """Yield what `read` returns for each step, in order, reading ahead; closing the generator stops the readers.
+
+    Args:
+        workers: processes that read, which `read` is sent to; 0 for one thread of this process.
+
+    Raises:
+        RunError: as `read` does.
+    """
+    return _from_processes(read, steps, workers) if workers else _ahead(read, steps)
+
+
+def _from_processes(read: Callable[[int], T], steps: range, workers: int) -> Generator[T, None, None]:
+    loader: DataLoader[T | RunError] = DataLoader(
+        _Steps(read), batch_size=None, sampler=steps, num_workers=workers, prefetch_factor=PREFETCHED
+    )
+    for batch in loader:
+        if isinstance(batch, RunError):
+            raise batch
+        yield batch
+
+
+class _Steps(Dataset[T | RunError], Generic[T]):
     """Steps as torch's DataLoader wants them; the error is a value, so that it arrives without a worker's traceback."""
 
-    def __init__(self, reader: BatchReader) -> None:
-        self._reader = reader
+    def __init__(self, read: Callable[[int], T]) -> None:
+        self._read = read
 
-    def __getitem__(self, step: int) -> Batch | RunError:
+    def __getitem__(self, step: int) -> T | RunError:
         try:
-            return self._reader.read(step)
+            return self._read(step)
         except RunError as error:
             return error
 
 
-def _ahead(read: Callable[[int], Batch], steps: range) -> Generator[Batch, None, None]:
+def _ahead(read: Callable[[int], T], steps: range) -> Generator[T, None, None]:
     """Read in one thread, at most PREFETCHED batches ahead of the consumer."""
     executor = ThreadPoolExecutor(1, thread_name_prefix="batches")
-    pending: deque[Future[Batch]] = deque()
+    pending: deque[Future[T]] = deque()
     try:
         for step in steps:
             pending.append(executor.submit(read, step))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from offline.attacks.apgd import Apgd
+from offline.data.batches import Transform
 from offline.data.labelled import LabelledImages
 from offline.errors import PlanError
 from offline.finetune.objectives import Fare, FinetuneObjective, Tecoa
@@ -70,19 +71,8 @@ class HeldOut:
             PlanError: none can be read.
         """
         self.plan = plan
-        pixels, labels = [], []
-        for index in np.random.default_rng([plan.seed, 3]).permutation(len(images)).tolist():
-            try:
-                example = images.read(index)
-            except (ImageError, OSError):
-                continue
-            pixels.append(original.preprocess.apply(example.image))
-            labels.append(example.label)
-            if len(pixels) == plan.eval_images:
-                break
-        if not pixels:
-            raise PlanError(f"none of the {len(images)} held-out images can be read")
-        self.pixels, self.labels = to_pixels(pixels).to(original.device), torch.tensor(labels, device=original.device)
+        pixels, labels = read_held_out(images, original.preprocess, plan.eval_images, plan.seed)
+        self.pixels, self.labels = pixels.to(original.device), labels.to(original.device)
         with torch.no_grad():
             self.original = torch.cat([original.features(part) for part in self.pixels.split(_CHUNK)])
         self.zero_shot = self._zero_shot(original, images)
@@ -123,3 +113,27 @@ class HeldOut:
                     correct = correct & (self.zero_shot.logits(features).argmax(1) == self.labels[rows])
                     figures.setdefault(f"{kind}_accuracy", []).append(correct.float())
         return {name: round(torch.cat(values).mean().item(), 4) for name, values in figures.items()}
+
+
+def read_held_out(images: LabelledImages, transform: Transform, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The first images of a seeded shuffle; unreadable ones are passed over.
+
+    Returns:
+        (n, 3, h, w) pixels in [0, 1] and (n,) int64 labels, n at most `count`.
+
+    Raises:
+        PlanError: none can be read.
+    """
+    pixels, labels = [], []
+    for index in np.random.default_rng([seed, 3]).permutation(len(images)).tolist():
+        try:
+            example = images.read(index)
+        except (ImageError, OSError):
+            continue
+        pixels.append(transform.apply(example.image))
+        labels.append(example.label)
+        if len(pixels) == count:
+            break
+    if not pixels:
+        raise PlanError(f"none of the {len(images)} held-out images can be read")
+    return to_pixels(pixels), torch.tensor(labels)

@@ -1,17 +1,19 @@
-"""The objectives of adversarial fine-tuning, FARE and TeCoA, as small classes with one loss for attack and update.
+"""The objectives of fine-tuning as small classes: FARE and TeCoA, and the hinge on two-alternative forced choices.
 
-Each has a `target`, computed once a batch without gradient and used by the inner attack and the update alike, and a
-loss per image, which the attack maximises and the update minimises. Knows nothing of optimisers or attacks.
+FARE and TeCoA have one loss for attack and update. Each has a `target`, computed once a batch without gradient and used
+by the inner attack and the update alike, and a loss per image, which the attack maximises and the update minimises.
+Knows nothing of optimisers or attacks.
 """
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from offline.errors import PlanError
+from offline.errors import DataError, PlanError
 from offline.objectives import LOGIT_SCALE
+from perception.similarity import cosine_similarity
 
 
 class FinetuneObjective(Protocol):
@@ -76,3 +78,51 @@ def combined(clean: Tensor | None, adversarial: Tensor, clean_weight: float) -> 
     """`w * mean(clean) + (1 - w) * mean(adversarial)`; `clean` (b,) may be None where w is 0."""
     total = (1 - clean_weight) * adversarial.mean()
     return total if clean is None else total + clean_weight * torch.mean(clean)
+
+
+class TwoAfcHinge:
+    """The hinge on human choices: `max(0, margin - (d0 - d1) * s)`, s = +1 where people prefer the right image or -1.
+
+    `d0` and `d1` are the distances 1 - cosine of the left and the right image from the reference (methods 4).
+    """
+
+    def __init__(self, margin: float = 0.05, reduction: Literal["mean", "sum"] = "mean") -> None:
+        """Choose the loss.
+
+        Args:
+            margin: 0.05 as DreamSim has it; LipSim's second stage takes 0.2 or 0.5, and the sum (methods 8.1).
+            reduction: of a batch.
+
+        Raises:
+            PlanError: a margin that is not finite or not above 0, or another reduction.
+        """
+        if not 0 < margin < float("inf"):
+            raise PlanError(f"margin must be finite and above 0, got {margin}")
+        if reduction not in ("mean", "sum"):
+            raise PlanError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+        self.margin, self.reduction = margin, reduction
+
+    def of_distances(self, left: Tensor, right: Tensor, prefers_right: Tensor) -> Tensor:
+        """Loss of each triplet.
+
+        Args:
+            left, right: (b,) distances of either image from the reference.
+            prefers_right: (b,) bool.
+
+        Returns:
+            (b,) at least 0.
+
+        Raises:
+            DataError: other shapes, or preferences that are not bool.
+        """
+        if prefers_right.dtype != torch.bool or not left.shape == right.shape == prefers_right.shape:
+            shapes = ", ".join(str(tuple(x.shape)) for x in (left, right, prefers_right))
+            raise DataError("2AFC", f"expected two (b,) distances and (b,) bool, got {shapes} {prefers_right.dtype}")
+        difference = left - right
+        return (self.margin - torch.where(prefers_right, difference, -difference)).clamp_min(0)
+
+    def __call__(self, reference: Tensor, left: Tensor, right: Tensor, prefers_right: Tensor) -> Tensor:
+        """Loss of a batch, a scalar, from embeddings (b, d) of any norm but zero and preferences (b,) bool."""
+        to_left, to_right = (1 - cosine_similarity(reference, image) for image in (left, right))
+        losses = self.of_distances(to_left, to_right, prefers_right)
+        return losses.mean() if self.reduction == "mean" else losses.sum()

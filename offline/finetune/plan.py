@@ -177,7 +177,7 @@ def plan_from_table(table: Mapping[str, Any]) -> FinetunePlan:
             if name in values:
                 values[name] = parse_eps(values[name])
         for name in ("train", "held_out"):
-            values[name] = tuple(_source(entry) for entry in values.get(name, ()))
+            values[name] = tuple(source_from_table(entry) for entry in values.get(name, ()))
         if "betas" in values:
             first, second = (float(beta) for beta in values["betas"])
             values["betas"] = (first, second)
@@ -189,7 +189,13 @@ def plan_from_table(table: Mapping[str, Any]) -> FinetunePlan:
         raise PlanError(f"fine-tuning plan: {error}") from error
 
 
-def _source(entry: Any) -> SourcePlan:
+def source_from_table(entry: Any) -> SourcePlan:
+    """Build a source from a parsed `[[train]]` or `[[held_out]]`.
+
+    Raises:
+        PlanError: a value has the wrong type or is impossible.
+        TypeError: a key is unknown or missing.
+    """
     if not isinstance(entry, Mapping):
         raise PlanError(f"a source must be a table with kind and path, got {entry!r}")
     path, where = entry.get("path", ()), entry.get("where", {})

@@ -24,20 +24,37 @@ def publish(encoder: TowerEncoder, original: TowerEncoder, plan: FinetunePlan, r
     Raises:
         CheckpointError: what was written cannot be read back.
     """
+    origin = {"original_fingerprint": original.fingerprint}
+    loaded = publish_encoder(encoder, run, plan.method, plan.as_dict(), origin, plan.export_dtype)
+    draw_curve(run.path, run.path / CURVE)
+    return loaded.fingerprint
+
+
+def publish_encoder(
+    encoder: TowerEncoder, run: RunDirectory, method: str, plan: dict[str, Any], origin: dict[str, Any], dtype: str
+) -> TowerEncoder:
+    """Write `export/` with its provenance, and load it as others will.
+
+    Args:
+        origin: what else there is to say of where the weights come from, such as fingerprints.
+        dtype: of the exported weights, 'fp32' or 'fp16'.
+
+    Raises:
+        CheckpointError: what was written cannot be read back.
+    """
     folder = run.path / "export"
-    encoder.export(folder, dtype=_DTYPES[plan.export_dtype])
+    encoder.export(folder, dtype=_DTYPES[dtype])
     loaded = load_encoder(f"local-dir:{folder}")
     provenance: dict[str, Any] = {
-        "method": plan.method,
-        "plan": plan.as_dict(),
-        "original_fingerprint": original.fingerprint,
+        "method": method,
+        "plan": plan,
+        **origin,
         "fingerprint": loaded.fingerprint,
         "sha256": {p.name: sha256_of(p) for p in sorted(folder.iterdir()) if p.name != PROVENANCE},
     }
     write_atomically(folder / PROVENANCE, (json.dumps(provenance, indent=2, sort_keys=True) + "\n").encode())
     run.log(event="exported", fingerprint=loaded.fingerprint)
-    draw_curve(run.path, run.path / CURVE)
-    return loaded.fingerprint
+    return loaded
 
 
 def sha256_of(path: Path) -> str:
@@ -46,7 +63,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def draw_curve(run: Path, picture: Path) -> None:
+def draw_curve(run: Path, picture: Path, loss_name: str = "adversarial training loss") -> None:
     """Draw loss, learning rate and the held-out evaluations of a run as one SVG.
 
     A resumed run repeats the steps after its checkpoint; the last line of a step counts.
@@ -59,7 +76,7 @@ def draw_curve(run: Path, picture: Path) -> None:
     losses, held_out = figure.subplots(2, 1, sharex=True)
     order = sorted(steps)
     losses.plot(order, [steps[s]["loss"] for s in order], color="tab:blue", linewidth=1)
-    losses.set_ylabel("adversarial training loss")
+    losses.set_ylabel(loss_name)
     rates = losses.twinx()
     rates.plot(order, [steps[s]["lr"] for s in order], color="tab:gray", linewidth=0.8, linestyle="--")
     rates.set_ylabel("learning rate (dashed)")

@@ -1,4 +1,4 @@
-"""The learning rate of every training here: linear warm-up, then cosine to zero."""
+"""Learning rates: linear warm-up, then cosine to zero; and the triangle of LipSim's hinge stage."""
 
 import math
 
@@ -12,3 +12,16 @@ def warmup_cosine(step: int, steps: int, warmup_steps: int) -> float:
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+
+
+def triangular(step: int, steps: int) -> float:
+    """Factor of the peak rate for update `step` (0-based), to be set *before* that update (methods 8.1, stage 2).
+
+    Straight lines from 0 to 1 at 2/5 of the updates, to 1/20 at 4/5, and to 0 at `steps`.
+    """
+    share = step / steps
+    if share < 0.4:
+        return share / 0.4
+    if share < 0.8:
+        return 1 - 0.95 * (share - 0.4) / 0.4
+    return 0.05 * (1 - share) / 0.2

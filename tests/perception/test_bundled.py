@@ -18,7 +18,7 @@ from perception.encoders.clip import ClipEncoder
 from perception.testing import benign_hits, encoded, synthetic_image
 
 ROOT = Path(perception.__file__).parent
-BUNDLED = [name for name in list_encoders() if name.startswith("bundled/")]
+BUNDLED = [name for name, card in list_encoders().items() if name.startswith("bundled/") and card.family != "lipsim"]
 DEMO = ROOT.parent / "indexer" / "demo"
 
 
