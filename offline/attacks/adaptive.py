@@ -14,6 +14,7 @@ the images is the answer, by draws of the attacker's own that none of them has s
 """
 
 from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
@@ -29,7 +30,7 @@ from offline.objectives import LOGIT_SCALE, LogitObjective, Objective
 from perception.counterattack import CounterattackSettings, Features, counterattack
 from perception.encoder import unit_embeddings
 
-JUDGING_DRAWS = 32
+JUDGING_DRAWS = 16
 """Draws of noise by which the attacker chooses among images; one that fools under all of them is done."""
 Way = Literal["transfer", "around", "through"]
 _PENALTY, _SLACK = 5.0, 0.03  # of a tau below the threshold, in units of the objective; how far above is safe
@@ -53,13 +54,6 @@ class Knowledge:
         """A draw of the noise, of the shape of `like`, (b, 3, h, w)."""
         drawn = torch.rand(like.shape, generator=generator, dtype=like.dtype)
         return (self.settings.eps * (2 * drawn - 1)).to(like.device)
-
-    def tau(self, pixels: Tensor, moved: Tensor) -> Tensor:
-        """(b,) `|g(moved) - g(pixels)| / |g(pixels)|` of the encoder that gates the counterattack."""
-        gate = self.encoder if self.original is None else self.original
-        at = gate.features(pixels)
-        distance: Tensor = (gate.features(moved) - at).norm(dim=1) / at.norm(dim=1)
-        return distance
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,57 +79,69 @@ class _View(Attacked):
             noises = [self.knowledge.noise(pixels[:1], drawn).expand_as(pixels) for _ in range(self.draws)]
         else:
             noises = [self.knowledge.noise(pixels, self.generator) for _ in range(self.draws)]
-        return torch.cat([self.look(pixels, noise) for noise in noises], dim=1)
+        return torch.cat(list(self.looks(pixels, noises)), dim=1)
 
     @abstractmethod
-    def look(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        """(b, width) under one draw."""
+    def looks(self, pixels: Tensor, noises: Sequence[Tensor]) -> Iterator[Tensor]:
+        """(b, width) under each draw of noise, (b, 3, h, w)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Around(_View):
     """The unit embedding of the image with noise alone, and tau in a last column: d + 1 columns a draw."""
 
-    def look(self, pixels: Tensor, noise: Tensor) -> Tensor:
+    def looks(self, pixels: Tensor, noises: Sequence[Tensor]) -> Iterator[Tensor]:
         """See `_View`."""
-        knows, moved = self.knowledge, (pixels + noise).clamp(0, 1)
-        features = knows.encoder.features(moved)
-        if knows.original is None:
-            at = knows.encoder.features(pixels)
-            tau = (features - at).norm(dim=1) / at.norm(dim=1)
-        else:
-            tau = knows.tau(pixels, moved)
-        return torch.cat([unit_embeddings(features), tau[:, None]], dim=1)
+        encoder, original = self.knowledge.encoder, self.knowledge.original
+        at = (original or encoder).features(pixels)
+        for noise in noises:
+            moved = (pixels + noise).clamp(0, 1)
+            features = encoder.features(moved)
+            tau = _tau(features if original is None else original.features(moved), at)
+            yield torch.cat([unit_embeddings(features), tau[:, None]], dim=1)
 
 
 @dataclass(frozen=True, eq=False)
 class Through(_View):
     """The unit embedding of the image after the counterattack, whichever way the gate sends it: d columns a draw."""
 
-    def look(self, pixels: Tensor, noise: Tensor) -> Tensor:
+    def looks(self, pixels: Tensor, noises: Sequence[Tensor]) -> Iterator[Tensor]:
         """See `_View`; the same values with gradient and without."""
         knows = self.knowledge
         if not (torch.is_grad_enabled() and pixels.requires_grad):
-            found = counterattack(knows.encoder, pixels, noise, knows.settings, knows.original).pixels
-            return unit_embeddings(knows.encoder.features(found))
+            for noise in noises:
+                found = counterattack(knows.encoder, pixels, noise, knows.settings, knows.original).pixels
+                yield unit_embeddings(knows.encoder.features(found))
+            return
         with sdpa_kernel(SDPBackend.MATH):  # the fused kinds of attention have no second derivative
-            return unit_embeddings(knows.encoder.features(self._defended(pixels, noise)))
+            anchors = knows.encoder.features(pixels)
+            with torch.no_grad():
+                gate = anchors if knows.original is None else knows.original.features(pixels)
+            for noise in noises:
+                yield unit_embeddings(knows.encoder.features(self._defended(pixels, noise, anchors, gate)))
 
-    def _defended(self, x: Tensor, noise: Tensor) -> Tensor:
-        """As `counterattack`, differentiable but for the gate."""
+    def _defended(self, x: Tensor, noise: Tensor, anchors: Tensor, gate: Tensor) -> Tensor:
+        """As `counterattack`, differentiable but for the gate; `gate` are the features of what computes tau."""
         knows, settings = self.knowledge, self.knowledge.settings
         start = (x + noise).clamp(0, 1) - x
+        delta, total = start, settings.weights[0] * start
+        moved = knows.encoder.features(x + start)
         with torch.no_grad():
-            tau = knows.tau(x, x + start)
-        anchors, delta, total = knows.encoder.features(x), start, settings.weights[0] * start
-        for weight in settings.weights[1:]:
-            distance = (knows.encoder.features(x + delta) - anchors).square().sum()
-            (gradient,) = torch.autograd.grad(distance, delta, create_graph=True)
+            tau = _tau(moved if knows.original is None else knows.original.features(x + start), gate)
+        for step, weight in enumerate(settings.weights[1:]):
+            features = knows.encoder.features(x + delta) if step else moved
+            (gradient,) = torch.autograd.grad((features - anchors).square().sum(), delta, create_graph=True)
             delta = (delta + settings.step_size * _smooth_sign(gradient)).clamp(-settings.eps, settings.eps)
             delta = (x + delta).clamp(0, 1) - x
             total = total + weight * delta
-        gate = (tau < settings.threshold).view(-1, 1, 1, 1)
-        return torch.where(gate, (x + total).clamp(0, 1), (x + start).clamp(0, 1))
+        countered = (tau < settings.threshold).view(-1, 1, 1, 1)
+        return torch.where(countered, (x + total).clamp(0, 1), (x + start).clamp(0, 1))
+
+
+def _tau(moved: Tensor, at: Tensor) -> Tensor:
+    """(b,) of features at x + delta_0 and at x."""
+    tau: Tensor = (moved - at).norm(dim=1) / at.norm(dim=1)
+    return tau
 
 
 def _smooth_sign(gradient: Tensor) -> Tensor:
