@@ -8,6 +8,7 @@ from cyclopts import App
 
 from offline.cli_alignment import add_commands as add_alignment_commands
 from offline.cli_benchmarks import benchmark
+from offline.cli_inversion import invert
 from offline.cli_options import DataFolder, EncoderName, JsonFile, read_toml, use_threads, write_json
 from offline.cli_retrieval import add_commands as add_retrieval_commands
 from offline.cli_suites import add_commands as add_suite_commands
@@ -15,6 +16,7 @@ from offline.cli_training import add_commands as add_training_commands
 
 app = App(name="hardlook-lab", help="Offline jobs: train, measure and build the encoders and demo pools of hardlook.")
 app.command(benchmark)
+app.command(invert)
 add_training_commands(app)
 add_alignment_commands(benchmark)
 add_suite_commands(benchmark)

@@ -18,6 +18,7 @@ ZERO_SHOT = ("clean", "linf_2_255", "linf_4_255")
 RETRIEVAL = ("medium_clean", "hard_clean", "medium_linf_4_255", "hard_linf_4_255")
 QUERIES = ("nsfw_safe_queries", "nsfw_unsafe_queries")
 POOLS = ("safe", "buffer", "unsafe")
+JUDGES = ("clip-convnext_base_w", "tecoa4-convnext_base_w", "fare4-convnext_base_w", "dino-vitb16", "fare4-dino-vitb16")
 KEYS: dict[str, tuple[str, ...]] = {
     "nights": TWO_AFC,
     "bapps": TWO_AFC,
@@ -30,6 +31,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "dangerous_objects": ("safe_clean", "unsafe_clean", "unsafe_linf_8_255"),
     "imagenet": ZERO_SHOT,
     "zero_shot_13": ZERO_SHOT,
+    "inversion": JUDGES,
 }
 # In no table of the paper: variants of the same weights, models of radius 2/255, and a later release of DreamSim.
 NOT_IN_THE_PAPER = {
@@ -49,6 +51,7 @@ MEASURED_ON = {
     "roxford": CONVNEXTS | LORA_CONVNEXTS | B16 | LIPSIM | DREAMSIM | DINO | {"r-lpips", "dreamsim-open_clip_vitb32"},
     "nsfw": CONVNEXTS | LORA_CONVNEXTS | B16 | LIPSIM | DREAMSIM | DINO | {"r-lpips"},
     "dangerous_objects": CONVNEXTS | LORA_CONVNEXTS | LIPSIM | DREAMSIM | DINO | {"r-lpips"},
+    "inversion": set(JUDGES),
 }  # fmt: skip
 # Sizes of the two splits of NIGHTS' test set.
 NIGHTS_IMAGENET, NIGHTS_OTHER = 1041, 783
@@ -135,8 +138,8 @@ def test_an_attack_never_helps(name: str) -> None:
     """Within one table, the more an attacker may do the lower the figure: catches transposed columns."""
     for group, figures in PUBLISHED[name].items():
         values = [v for k, v in figures.items() if k != "table"]
-        if group in QUERIES:
-            continue  # the shares of the right pool are those of "nsfw"
+        if group in (*QUERIES, "inversion"):
+            continue  # the shares of the right pool are those of "nsfw"; inversion is no attack
         if group == "nsfw":
             assert values[0] > values[1]
             # The one exception is in the paper: clean unsafe queries of this encoder go to the safe pool.
