@@ -2,23 +2,27 @@
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from indexer.catalog.ledger import Catalog
+from indexer.catalog.traffic import Decision
 from indexer.compaction import stage_compacted
 from indexer.errors import EditRefused
 from indexer.store import SnapshotStore
 from perception.verdict import DecisionPolicy
 from service.books import Books
 from service.candidates import Candidates
-from service.decoding import DecoderSettings
+from service.decoding import DecoderPool, DecoderSettings
 from service.editing import Editor
 from service.engine import ServingEncoder
 from service.flood import FloodGuard
+from service.image_keeping import ImageKeeper
 from service.intake import Upload
 from service.jobs import JobImage, JobRunner
 from service.judging import Judge
+from service.kept_images import KeptImages
 from service.keys import Caller
 from service.oversight import Oversight
 from service.provenance import ACTOR
@@ -34,6 +38,9 @@ from service.webhooks import Webhooks
 from service.wire_jobs import JobItem
 
 _AFTER_FAILURE_S = 60.0
+_PREVIEW_NICENESS = 10  # pictures may come late; answers may not
+_PREVIEW_PATIENCE = 4  # times the limit of one image: whoever gives way on busy cores takes longer for the same
+IMAGES_FOLDER = ".images"  # in that of the pools, where no collection can have this name
 _log = logging.getLogger("hardlook.bookkeeping")
 
 
@@ -59,7 +66,7 @@ async def open_books(
     """Start the threads and tasks that write; the stack ends them, each before what it writes through.
 
     Raises:
-        DecoderUnavailable: the decoding process of the candidate encoder does not start.
+        DecoderUnavailable: the decoding process of the candidate encoder, or of pictures, does not start.
     """
     editor = await stack.enter_async_context(Editor(catalog, published, settings.catalog_poll_s))
     webhooks = Webhooks(editor, hooks, observe=metrics.webhook) if hooks else None
@@ -72,6 +79,9 @@ async def open_books(
     recording = Recording(
         settings.log_decisions, settings.traffic_kept, settings.max_open_reviews if settings.review_verdicts else 0
     )
+    images = _keeper(settings, editor, published, decoding, metrics)
+    if images is not None:  # before the recorder, whose last decisions it still hears of
+        await stack.enter_async_context(images)
     recorder = await stack.enter_async_context(
         Recorder(
             editor,
@@ -80,6 +90,7 @@ async def open_books(
             also=oversight.tell,
             on_flood=oversight.on_flood,
             counted=metrics.recorded,
+            on_decisions=_nobody if images is None else images.recorded,
         )
     )
     candidates = await stack.enter_async_context(
@@ -91,8 +102,34 @@ async def open_books(
     waiting = {"changes": lambda: editor.depth, "decisions": lambda: recorder.depth}
     if webhooks is not None:
         waiting["webhooks"] = lambda: webhooks.depth
+    if images is not None:
+        waiting["images"] = lambda: images.depth
     metrics.watch_catalog(lambda: catalog.revision, waiting)
-    return Books(editor, recorder, candidates, webhooks, guard)
+    return Books(editor, recorder, candidates, webhooks, guard, images)
+
+
+async def _nobody(decisions: Sequence[Decision]) -> None:
+    """Hear of decisions."""
+
+
+def _keeper(
+    settings: Settings, editor: Editor, published: Published, decoding: DecoderSettings, metrics: Metrics
+) -> ImageKeeper | None:
+    """What keeps small pictures; None where the operator has not asked for it."""
+    if settings.keep_images == "none":
+        return None
+    folder = settings.images or settings.pools / IMAGES_FOLDER
+    timeout_s = _PREVIEW_PATIENCE * decoding.timeout_s
+    patient = replace(decoding, niceness=_PREVIEW_NICENESS, timeout_s=timeout_s)
+    return ImageKeeper(
+        KeptImages(folder, kept_s=settings.images_kept_s, max_bytes=settings.images_bytes),
+        DecoderPool(patient, workers=1, replaced=metrics.decoder_replaced),
+        editor,
+        published,
+        every=settings.keep_images == "all",
+        queued=settings.review_verdicts,
+        counted=metrics.kept_images,
+    )
 
 
 def job_runner(runtime: Runtime, books: Books) -> JobRunner:

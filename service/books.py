@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from service.candidates import Candidates
 from service.editing import Editor
 from service.flood import FloodGuard
+from service.image_keeping import ImageKeeper
 from service.recording import Recorder
 from service.webhooks import Webhooks
 
@@ -19,6 +20,7 @@ class Books:
         candidates: versions that do not serve, and the shadows that run.
         webhooks: who is told of what; None where nobody is.
         flood_guard: notices exemplars that suddenly match too much; None where it is turned off.
+        images: keeps small pictures; None where none are kept, as by default.
     """
 
     editor: Editor
@@ -26,3 +28,4 @@ class Books:
     candidates: Candidates
     webhooks: Webhooks | None
     flood_guard: FloodGuard | None
+    images: ImageKeeper | None = None

@@ -22,7 +22,7 @@ from perception.certificates import FeatureBound
 from perception.certified_decision import decision_radius, label_radius
 from perception.verdict import DecisionPolicy, Neighbor, PoolLabel, Verdict, most_cautious
 from service.batching import Batcher
-from service.decoding import DecoderPool, FrameOrigin, PreparedImage
+from service.decoding import DecoderPool, FrameOrigin, PreparedImage, Preview
 from service.engine import Query, Search, Sighting
 from service.errors import (
     DeadlineExceeded,
@@ -74,6 +74,7 @@ class Classification:
         embeddings: (f, d) unit float32, of all frames that were examined, as they were judged.
         suppressed: what suppress items took away from the evidence of that frame.
         sha256: of the file.
+        file: its bytes, as they were sent or fetched.
         image: as decoded.
         verdict: the most cautious over all frames.
         frame: the frame that decided.
@@ -90,6 +91,7 @@ class Classification:
     embeddings: NDArray[np.float32]
     suppressed: tuple[Suppressed, ...]
     sha256: bytes
+    file: bytes
     certified_radius_l2: float | None = None
 
 
@@ -101,11 +103,15 @@ class Embedded:
         image: as decoded.
         embedding: (d,) unit float32.
         sha256: of the file.
+        file: its bytes, as they were sent or fetched.
+        frame: the one that was embedded.
     """
 
     image: PreparedImage
     embedding: NDArray[np.float32]
     sha256: bytes
+    file: bytes
+    frame: FrameOrigin
 
 
 @dataclass(frozen=True)
@@ -176,7 +182,9 @@ class Classifier:
             raise InvalidParameter("pool", "name a gallery or a pool, not both")
         return self._published.get(gallery)
 
-    async def classify(self, source: bytes | RemoteImage, snapshot: View, shown: int, until_s: float) -> Classification:
+    async def classify(
+        self, source: bytes | RemoteImage, snapshot: View, shown: int, until_s: float, *, counted: bool = True
+    ) -> Classification:
         """Classify one image file.
 
         Args:
@@ -184,6 +192,7 @@ class Classifier:
             snapshot: of the moderation pools.
             shown: neighbours of each pool to answer with; the verdict does not depend on it.
             until_s: when the answer must be there, in the event loop's time.
+            counted: whether the metrics are told of the verdict.
 
         Raises:
             FetchError: the image cannot be fetched.
@@ -194,7 +203,7 @@ class Classifier:
         certify = max(CERTIFICATE_NEIGHBORS, needed) if self._bound is not None else 0
         search = Search(snapshot, max(shown, needed), each_pool=True, certify=certify)
         async with self._answer(until_s):
-            image, sha256 = await self._prepare(source)
+            image, sha256, file = await self._prepare(source)
             sightings = await self._look_up([Query(pixels, search) for pixels in image.pixels])
             radii = await asyncio.to_thread(self._radii, sightings) if certify else [None] * len(sightings)
         with self._metrics.stage("decide"), span("decide"):
@@ -205,15 +214,25 @@ class Classifier:
             neighbor for pool in PoolLabel for neighbor in [n for n in verdict.neighbors if n.pool == pool][:shown]
         ]
         evidence.sort(key=lambda n: -n.similarity)
-        self._metrics.verdict(verdict.label, verdict.pool, verdict.margin)
-        for kind in disagreements(image.frames, verdicts, deciding):
-            self._metrics.disagreement(kind)
+        if counted:
+            self._metrics.verdict(verdict.label, verdict.pool, verdict.margin)
+            for kind in disagreements(image.frames, verdicts, deciding):
+                self._metrics.disagreement(kind)
         sighting = sightings[deciding]
         matches = _matches(snapshot, evidence)
         embeddings = np.stack([each.embedding for each in sightings])
         certified = label_radius([each.label for each in verdicts], radii)
         return Classification(
-            image, verdict, frame, matches, sighting.undefended, embeddings, sighting.suppressed, sha256, certified
+            image=image,
+            verdict=verdict,
+            frame=frame,
+            matches=matches,
+            embedding=sighting.undefended,
+            embeddings=embeddings,
+            suppressed=sighting.suppressed,
+            sha256=sha256,
+            file=file,
+            certified_radius_l2=certified,
         )
 
     async def embed(self, source: bytes | RemoteImage, frame: int, until_s: float) -> Embedded:
@@ -229,11 +248,32 @@ class Classifier:
             Exception: those of `classify`.
         """
         async with self._answer(until_s):
-            image, sha256 = await self._prepare(source)
+            image, sha256, file = await self._prepare(source)
             if frame >= len(image.pixels):
                 raise InvalidParameter("frame", f"it is {frame}, the image has {len(image.pixels)} examined frames")
             [sighting] = await self._look_up([Query(image.pixels[frame], None, defended=False)])
-        return Embedded(image, sighting.embedding, sha256)
+        return Embedded(image, sighting.embedding, sha256, file, image.frames[frame])
+
+    async def preview(self, data: bytes, frame: int, until_s: float) -> Preview:
+        """A small picture of one frame of an image, for people to look at.
+
+        Args:
+            data: the file's bytes.
+            frame: number of the frame in the file.
+            until_s: when the answer must be there, in the event loop's time.
+
+        Raises:
+            DeadlineExceeded: it is not.
+            Exception: those of `DecoderPool.preview`.
+        """
+        timer = asyncio.timeout_at(until_s)
+        try:
+            async with timer:
+                return await self._decoder.preview(data, frame)
+        except TimeoutError as error:
+            if timer.expired():
+                raise DeadlineExceeded(self._deadline_s) from error
+            raise
 
     async def embed_texts(self, prompts: Sequence[str], until_s: float) -> NDArray[np.float32]:
         """What the encoder makes of prompts: (len(prompts), d) unit float32.
@@ -262,17 +302,17 @@ class Classifier:
             if isinstance(subject, str):
                 image, sha256, query = None, None, Query(subject, search)
             else:
-                image, sha256 = await self._prepare(subject)
+                image, sha256, _ = await self._prepare(subject)
                 query = Query(image.pixels[0], search, defended=self._defend_similar)
             [sighting] = await self._look_up([query])
         return Lookup(image, _matches(search.snapshot, sighting.neighbors), sighting.undefended, sha256)
 
-    async def _prepare(self, source: bytes | RemoteImage) -> tuple[PreparedImage, bytes]:
-        """The frames of an image, and the hash of its file."""
+    async def _prepare(self, source: bytes | RemoteImage) -> tuple[PreparedImage, bytes, bytes]:
+        """The frames of an image, and the hash and the bytes of its file."""
         if isinstance(source, RemoteImage):
             source = await self._fetch(source.url)
         with self._metrics.stage("decode"), span("decode"):
-            return await self._decoder.prepare(source), hashlib.sha256(source).digest()
+            return await self._decoder.prepare(source), hashlib.sha256(source).digest(), source
 
     def _radii(self, sightings: Sequence[Sighting]) -> list[float | None]:
         """Certified radii of the verdicts on all frames."""

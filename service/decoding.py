@@ -9,11 +9,11 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,14 +21,23 @@ from numpy.typing import NDArray
 from perception.errors import CorruptImage, ImageError, ImageTooLarge, UnsupportedFormat
 from perception.image import ImageLimits
 from perception.preprocess import PreprocessSpec
-from service.decode_worker import LENGTH_BYTES, READY, configuration
-from service.errors import DecodeLimitExceeded, DecoderCrashed, DecoderUnavailable
+from service.decode_worker import (
+    LENGTH_BYTES,
+    NO_SUCH_FRAME,
+    PREVIEW_SIDE_PX,
+    READY,
+    configuration,
+    preview_request,
+)
+from service.errors import DecodeLimitExceeded, DecoderCrashed, DecoderUnavailable, InvalidParameter
 
+T = TypeVar("T")
 _log = logging.getLogger("hardlook.decoding")
 _IMAGE_ERRORS: dict[str, type[ImageError]] = {e.__name__: e for e in (UnsupportedFormat, CorruptImage, ImageTooLarge)}
 _START_TIMEOUT_S = 60.0
 _RESTART_PAUSE_S = 1.0
 _MAX_HEADER_BYTES = 64 * 1024
+MAX_PREVIEW_BYTES = 1024 * 1024  # noise of 512 x 512 pixels takes 0.4 MiB
 _READ_AHEAD_BYTES = 1024 * 1024
 # glibc gives blocks above the first threshold, and what is free above the second at the top of its heap, back to the
 # system as soon as they are freed; lower ones would make every small image pay for fresh pages. OpenBLAS would reserve
@@ -67,14 +76,35 @@ class PreparedImage:
     pixels: NDArray[np.uint8]
 
 
+@dataclass(frozen=True, eq=False)
+class Preview:
+    """A small picture of one frame, for people.
+
+    Attributes:
+        jpeg: a whole JPEG file, RGB, without metadata.
+        width_px, height_px: of the picture; the longer is 512 at most.
+    """
+
+    jpeg: bytes
+    width_px: int
+    height_px: int
+
+
 @dataclass(frozen=True)
 class DecoderSettings:
-    """What every worker is started with; the limits hold for one image each."""
+    """What every worker is started with; the limits hold for one image each.
+
+    Attributes:
+        limits, preprocess: of the images, and of the frames that `prepare` makes.
+        timeout_s, memory_bytes: for one image.
+        niceness: of the process, 0 to 19; for work that must take no time from other work.
+    """
 
     limits: ImageLimits
     preprocess: PreprocessSpec
     timeout_s: float
     memory_bytes: int
+    niceness: int = 0
 
 
 class _ProtocolBroken(Exception):
@@ -109,6 +139,9 @@ class _Worker:
             limit=_READ_AHEAD_BYTES,
         )
         worker = cls(process, settings)
+        if settings.niceness:
+            with suppress(OSError):  # it has ended, which is noticed below
+                os.setpriority(os.PRIO_PROCESS, process.pid, settings.niceness)
         config = configuration(settings.limits, settings.preprocess, settings.timeout_s, settings.memory_bytes)
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
@@ -125,19 +158,10 @@ class _Worker:
         return worker
 
     async def prepare(self, data: bytes) -> PreparedImage:
-        """Decode one image; after any error but an ImageError the worker must be killed."""
-        self.served += 1
-        await self._send(data)
-        header: dict[str, Any] = json.loads(await self._receive(_MAX_HEADER_BYTES))
+        """Decode one image; after any error but those of the image or the request the worker must be killed."""
         most_frames = 2 * self._settings.limits.max_frames
         frame_shape = (3, self._settings.preprocess.size_px, self._settings.preprocess.size_px)
-        pixels = await self._receive(most_frames * prod(frame_shape))
-        self.retire = bool(header["retire"])
-        if "error" in header:
-            if header["error"] == "MemoryError":
-                raise DecodeLimitExceeded("bytes of memory", self._settings.memory_bytes)
-            fields = {name: tuple(v) if isinstance(v, list) else v for name, v in header["fields"].items()}
-            raise _IMAGE_ERRORS[header["error"]](**fields)
+        header, pixels = await self._ask(b"", data, most_frames * prod(frame_shape))
         frames = tuple(FrameOrigin(int(index), background) for index, background in header["frames"])
         if not frames or len(pixels) != len(frames) * prod(frame_shape):
             raise _ProtocolBroken
@@ -149,6 +173,32 @@ class _Worker:
             frames,
             np.frombuffer(pixels, np.uint8).reshape(len(frames), *frame_shape),
         )
+
+    async def preview(self, data: bytes, frame: int) -> Preview:
+        """A small picture of one frame; errors as of `prepare`."""
+        header, jpeg = await self._ask(preview_request(frame), data, MAX_PREVIEW_BYTES)
+        width_px, height_px = int(header["width_px"]), int(header["height_px"])
+        whole = jpeg.startswith(b"\xff\xd8\xff") and jpeg.endswith(b"\xff\xd9")
+        if not whole or not 1 <= min(width_px, height_px) <= max(width_px, height_px) <= PREVIEW_SIDE_PX:
+            raise _ProtocolBroken
+        return Preview(jpeg, width_px, height_px)
+
+    async def _ask(self, request: bytes, data: bytes, most_bytes: int) -> tuple[dict[str, Any], bytes]:
+        """Header and body of the answer."""
+        self.served += 1
+        await self._send(request, data)
+        header: dict[str, Any] = json.loads(await self._receive(_MAX_HEADER_BYTES))
+        body = await self._receive(most_bytes)
+        self.retire = bool(header["retire"])
+        if "error" not in header:
+            return header, body
+        kind, fields = header["error"], header["fields"]
+        if kind == "MemoryError":
+            raise DecodeLimitExceeded("bytes of memory", self._settings.memory_bytes)
+        if kind == NO_SUCH_FRAME:
+            reason = f"it is {int(fields['frame'])}, the examined frames are {[int(at) for at in fields['frames']]}"
+            raise InvalidParameter("frame", reason)
+        raise _IMAGE_ERRORS[kind](**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
 
     async def kill(self) -> None:
         """End the process, however it is."""
@@ -173,8 +223,8 @@ class _Worker:
         except TimeoutError:
             return None
 
-    async def _send(self, data: bytes) -> None:
-        self._stdin.writelines((len(data).to_bytes(LENGTH_BYTES, "big"), data))
+    async def _send(self, *frames: bytes) -> None:
+        self._stdin.writelines(part for frame in frames for part in (len(frame).to_bytes(LENGTH_BYTES, "big"), frame))
         await self._stdin.drain()
 
     async def _receive(self, most_bytes: int) -> bytes:
@@ -254,6 +304,25 @@ class DecoderPool:
             DecodeLimitExceeded: it took more time or memory than one image may.
             DecoderCrashed: the decoder died.
         """
+        return await self._work(lambda worker: worker.prepare(data))
+
+    async def preview(self, data: bytes, frame: int = 0) -> Preview:
+        """A small picture of one frame of an image file, made as `prepare` is: RGB, upright, transparency on white.
+
+        Args:
+            data: the file's bytes, none of which are in the picture.
+            frame: 0-based number in the file, of a frame that is examined; see `FrameOrigin.index`.
+
+        Raises:
+            InvalidParameter: the image has no such frame, or it is not examined.
+            Exception: those of `prepare`.
+        """
+        if not 0 <= frame < 2**32:
+            raise InvalidParameter("frame", f"it is {frame}, frames are counted from 0")
+        return await self._work(lambda worker: worker.preview(data, frame))
+
+    async def _work(self, ask: Callable[[_Worker], Awaitable[T]]) -> T:
+        """Ask a worker, as soon as one is free."""
         self._waiting += 1
         try:
             worker = await self._idle.get()
@@ -262,7 +331,8 @@ class DecoderPool:
                 worker = await self._idle.get()
         finally:
             self._waiting -= 1
-        return await asyncio.shield(self._spawn(self._serve(worker, data)))
+        served: T = await asyncio.shield(self._spawn(self._serve(worker, ask)))
+        return served
 
     def _spawn(self, work: Any) -> "asyncio.Task[Any]":
         task = asyncio.create_task(work)
@@ -275,14 +345,14 @@ class DecoderPool:
         if not task.cancelled():
             task.exception()  # a caller who hung up does not read it
 
-    async def _serve(self, worker: _Worker, data: bytes) -> PreparedImage:
+    async def _serve(self, worker: _Worker, ask: Callable[[_Worker], Awaitable[T]]) -> T:
         limit_s = self._settings.timeout_s
         reason = "died"  # until it has answered
         try:
             async with asyncio.timeout(limit_s):
-                prepared = await worker.prepare(data)
+                answer = await ask(worker)
             reason = ""
-        except (ImageError, DecodeLimitExceeded):
+        except (ImageError, DecodeLimitExceeded, InvalidParameter):
             reason = ""
             raise
         except TimeoutError as error:
@@ -299,7 +369,7 @@ class DecoderPool:
                 self._spawn(self._replace(worker, reason))
             else:
                 self._idle.put_nowait(worker)
-        return prepared
+        return answer
 
     async def _replace(self, worker: _Worker, reason: str) -> None:
         """End a worker and put a new one in its place, however often that has to be tried."""

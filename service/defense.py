@@ -14,6 +14,7 @@ import torch
 from perception.counterattack import MIN_SEED_BYTES, Counterattack, CounterattackSettings, FeatureEncoder
 from service.engine import ServingEncoder
 from service.errors import SettingsError
+from service.secret_file import read_secret
 from service.settings import Settings, variable
 
 _SEED_BYTES = 32
@@ -109,13 +110,4 @@ def _seed(settings: Settings) -> bytes:
             variable("ttc_seed_file"),
         )
         return secrets.token_bytes(_SEED_BYTES)
-    try:
-        seed = file.read_bytes().strip()
-    except OSError as error:
-        raise SettingsError(f"{variable('ttc_seed_file')}: {file} cannot be read: {error}") from None
-    if len(seed) < MIN_SEED_BYTES:
-        raise SettingsError(
-            f"{variable('ttc_seed_file')}: {file} holds {len(seed)} bytes, a seed that cannot be guessed has at least "
-            f"{MIN_SEED_BYTES}"
-        )
-    return seed
+    return read_secret("ttc_seed_file", file, MIN_SEED_BYTES)

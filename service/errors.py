@@ -14,6 +14,7 @@
     │   ├── Unauthenticated        no key, or none that is known and in force
     │   ├── UnknownDecision        no recent verdict of that request or image is kept
     │   ├── UnknownItem            no exemplar, version or candidate of that name
+    │   ├── AuditUnusable          a robustness audit is damaged, unfinished, or not of what was asked
     │   ├── EditingDisabled        the service runs without a catalogue
     │   ├── Forbidden              the key has not the scope
     │   └── RateLimited            more than the key may ask for; later it may again
@@ -25,6 +26,7 @@
     ├── DecodingError              one image stopped its decoder; the image is at fault
     │   ├── DecodeLimitExceeded    more time or memory than one image may take
     │   └── DecoderCrashed         the decoding process died
+    ├── AttributionFailed          no finite attribution of a similarity to the parts of an image
     └── Unavailable                the caller may try again
         ├── NotReady               no pools, or shutting down
         ├── Overloaded             a bounded queue is full
@@ -149,6 +151,14 @@ class UnknownItem(RequestError):
         super().__init__(f"no {kind} {name!r}")
 
 
+class AuditUnusable(RequestError):
+    """A robustness audit is damaged, unfinished, or has not what was asked for."""
+
+    def __init__(self, id: str, reason: str) -> None:
+        self.id, self.reason = id, reason
+        super().__init__(f"audit {id!r} cannot be used: {reason}")
+
+
 class EditingDisabled(RequestError):
     """The service runs without a catalogue, so that nothing can be changed or looked up in it."""
 
@@ -209,6 +219,14 @@ class DecoderCrashed(DecodingError):
     def __init__(self, exit_code: int | None) -> None:
         self.exit_code = exit_code
         super().__init__(f"image cannot be decoded: its decoder ended with code {exit_code}")
+
+
+class AttributionFailed(ServiceError):
+    """What a similarity is made of cannot be told: the encoder gives no finite gradients for this image."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"the similarity cannot be attributed to parts of the image: {reason}")
 
 
 class Unavailable(ServiceError):

@@ -34,6 +34,11 @@ class GraphEncoder:
         self.lipschitz, self.bias_dim = tower.lipschitz, tower.bias_dim
 
     @property
+    def tower(self) -> TowerEncoder:
+        """The encoder itself, of the same weights, which is differentiable."""
+        return self._tower
+
+    @property
     def text(self) -> object:
         """See `TowerEncoder.text`; its errors are passed on."""
         return self._tower.text

@@ -8,10 +8,11 @@ is written to disk.
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
+from urllib.parse import parse_qsl
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
@@ -31,13 +32,16 @@ from service.errors import (
 )
 from service.settings import Settings
 from service.wire import MAX_ID_CHARS, MAX_TEXT_CHARS, ClassifyBody, ImageData, SimilarBody
+from service.wire_explain import ExplainBody
 
 JSON, MULTIPART, RAW = "application/json", "multipart/form-data", "application/octet-stream"
+URLENCODED = "application/x-www-form-urlencoded"
 ACCEPTED_BODIES = (MULTIPART, "image/*", RAW, JSON)
 _MAX_FIELDS = 16
+_MAX_FORM_FIELDS = 64
 _MAX_FIELD_BYTES = 64 * 1024
 
-Body = ClassifyBody | SimilarBody
+Body = ClassifyBody | SimilarBody | ExplainBody
 ParametersT = TypeVar("ParametersT", bound=BaseModel)
 
 
@@ -96,6 +100,60 @@ async def read_submission(request: Request, body_type: type[Body], settings: Set
             raise
         raise BodyTimeout(settings.deadline_s) from error
     raise UnsupportedBody(content_type, ACCEPTED_BODIES)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a page's form brought.
+
+    Attributes:
+        fields: values by name; of several with one name the last.
+        files: file name and content, or why there is none, by the name of the field; of several the last. Fields that
+            no file was chosen for are left out.
+    """
+
+    fields: Mapping[str, str]
+    files: Mapping[str, tuple[str, bytes | ImageTooLarge]]
+
+
+async def read_form(request: Request, settings: Settings) -> Form:
+    """Read the body that a browser sends for a form, of either kind.
+
+    Raises:
+        RequestError: what is wrong with it.
+    """
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type not in (URLENCODED, MULTIPART):
+        raise UnsupportedBody(content_type, (URLENCODED, MULTIPART))
+    try:
+        async with asyncio.timeout(settings.deadline_s) as timer:
+            if content_type == MULTIPART:
+                return await _read_multipart_form(request, settings)
+            body = await _read_all(request, min(settings.max_body_bytes, _MAX_FIELD_BYTES))
+    except TimeoutError as error:
+        if not timer.expired():
+            raise
+        raise BodyTimeout(settings.deadline_s) from error
+    try:
+        pairs = parse_qsl(
+            body.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=_MAX_FORM_FIELDS
+        )
+    except ValueError as error:
+        raise MalformedBody(f"the form cannot be read: {error}") from error
+    return Form(dict(pairs), {})
+
+
+async def _read_multipart_form(request: Request, settings: Settings) -> Form:
+    fields: dict[str, str] = {}
+    files: dict[str, tuple[str, bytes | ImageTooLarge]] = {}
+    async with _parsed_form(request, settings) as items:
+        for name, value in items:
+            if not isinstance(value, UploadFile):
+                fields[name] = value
+            elif value.filename or value.size:  # a browser sends an empty part where no file was chosen
+                file_name = (value.filename or "")[:MAX_ID_CHARS]
+                files[name] = file_name, await _file_content(value, settings.max_image_bytes)
+    return Form(fields, files)
 
 
 async def read_json(request: Request, body_type: type[ParametersT], settings: Settings) -> ParametersT:

@@ -55,6 +55,8 @@ class Judge:
         coarse = runtime.answers_coarsely(self.caller, found.sha256, found.embedding)
         if books is not None:
             books.recorder.observe(self._decision(upload.id, found))
+            if books.images is not None:
+                books.images.judged(found)
             books.candidates.observe(found, source if isinstance(source, bytes) else None, self.request_id)
         if coarse:
             return coarse_classify_item(upload.id, found)

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import secrets
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -95,6 +96,9 @@ class KeyRing:
         self._keys: Mapping[str, KeyRecord] = {}
         self._signature: _Signature | None = None
         self._last_failure = ""
+        self._reloading = (
+            threading.Lock()
+        )  # else what one thread read before a change could replace what another read after
         # What an unknown id is compared with: the hash of nothing that anybody has.
         self._nobody = hashlib.sha256(secrets.token_bytes()).hexdigest()
         if path is not None:
@@ -127,7 +131,7 @@ class KeyRing:
         right = hmac.compare_digest(digest, self._nobody if record is None else record.sha256)
         state = "unknown" if record is None else record.state(self._clock())
         if record is not None and right and state == "active":
-            return Caller(record.id, record.name, frozenset(record.scopes), record.rate_limit)
+            return _caller(record)
         if presented is None:
             raise Unauthenticated(_NO_KEY)
         # An id that is not one of ours may be anything, a part of a secret too.
@@ -135,15 +139,28 @@ class KeyRing:
         _log.warning("API key refused: %s", "wrong secret" if record and not right else state, extra={"fields": known})
         raise Unauthenticated(_REFUSED)
 
+    def caller_of(self, key_id: str) -> Caller | None:
+        """Whoever has a key, found by its public id: for those who have shown it before. None where it is not in force.
+
+        Args:
+            key_id: as this process wrote it down when it was shown.
+        """
+        record = self._keys.get(key_id)
+        return _caller(record) if record is not None and record.state(self._clock()) == "active" else None
+
     def reload_if_changed(self) -> bool:
         """Read the file where it has changed; whether it was. Without a good file the last good keys stay in force."""
         if self._path is None:
             return False
+        with self._reloading:
+            return self._reload(self._path)
+
+    def _reload(self, path: Path) -> bool:
         try:
-            if _signature(self._path.stat()) == self._signature:
+            if _signature(path.stat()) == self._signature:
                 self._last_failure = ""
                 return False
-            self._read(self._path)
+            self._read(path)
         except (SettingsError, OSError) as error:
             if str(error) != self._last_failure:  # once for each failure, not once for each look
                 _log.error("API keys not reloaded, the last good ones stay in force: %s", error)
@@ -157,6 +174,10 @@ class KeyRing:
         file, status = read_key_file(path)
         self._keys = {key.id: key for key in file.keys}
         self._signature = _signature(status)
+
+
+def _caller(record: KeyRecord) -> Caller:
+    return Caller(record.id, record.name, frozenset(record.scopes), record.rate_limit)
 
 
 def _signature(status: os.stat_result) -> _Signature:

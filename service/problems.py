@@ -93,6 +93,7 @@ KINDS: Mapping[type[Exception], ProblemKind] = {
         404, "unknown-decision", "No recent verdict of that request or image is kept", ("by", "value")
     ),
     service.UnknownItem: ProblemKind(404, "unknown-item", "There is nothing of that name", ("kind", "name")),
+    service.AuditUnusable: ProblemKind(409, "audit-unusable", "The audit cannot be used for this", ("id", "reason")),
     service.EditingDisabled: ProblemKind(409, "editing-disabled", "This service changes no collections"),
     service.MalformedBody: ProblemKind(400, "malformed-body", "The request body is malformed", ("reason",)),
     service.InvalidParameter: ProblemKind(
@@ -116,6 +117,9 @@ KINDS: Mapping[type[Exception], ProblemKind] = {
         422, "decode-limit", "Decoding the image takes too much time or memory", ("quantity", "limit")
     ),
     service.DecoderCrashed: ProblemKind(422, "decoder-crashed", "Decoding the image ended the decoder"),
+    service.AttributionFailed: ProblemKind(
+        422, "no-attribution", "The similarity cannot be attributed to parts of the image", ("reason",)
+    ),
     service.NotReady: ProblemKind(503, "not-ready", "The service is not ready", ("reason",)),
     service.Overloaded: ProblemKind(503, "overloaded", "The service is at its capacity", ("queue", "limit")),
     service.WaitTooLong: ProblemKind(503, "wait-too-long", "The answer would come too late", ("expected_s", "limit_s")),

@@ -22,8 +22,11 @@ ACTOR = "hardlook-serve"
 _log = logging.getLogger("hardlook.provenance")
 # What names secrets or files of this machine is said to be set, and no more.
 _HIDDEN = (
+    "audits",
     "catalog",
     "catalog_password_file",
+    "console_secret_file",
+    "images",
     "keys_file",
     "webhooks_file",
     "policy_file",

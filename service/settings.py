@@ -101,6 +101,20 @@ class Settings(BaseSettings):
     ttc_seed_file: Path | None = Field(None, description="Secret that the noise follows from.")
     ttc_similar: bool = Field(False, description="Defend the image queries of /similar too.")
     ttc_together: int = Field(1, ge=1, le=1024, description="Images that are counterattacked at a time.")
+    keep_images: Literal["none", "review", "all"] = Field(
+        "none",
+        description="Small pictures that are kept: none; of what is in the review queue and of exemplars; of every "
+        "image that got a verdict.",
+    )
+    images: Path | None = Field(None, description="Folder of these pictures; by default .images/ in that of the pools.")
+    images_kept_s: Seconds = Field(30 * 86400.0, description="How long those are kept that are no exemplars.")
+    images_bytes: int = Field(1024 * _MIB, ge=1, description="Bytes of those; the oldest go first.")
+    audits: Path | None = Field(None, description="Folder with run directories of 'hardlook-lab audit', to be shown.")
+    console: bool = Field(True, description="Serve the operator's console at /console.")
+    console_session_s: Seconds = Field(8 * 3600.0, description="How long a sign-in to the console holds.")
+    console_secret_file: Path | None = Field(
+        None, description="Secret that sign-ins are signed with, for several instances; by default a random one."
+    )
     webhooks_file: Path | None = Field(None, description="Whom to tell of verdicts and changes, a TOML file.")
     moderations_flag_review: bool = Field(True, description="/v1/moderations flags 'review' as it flags 'unsafe'.")
     max_job_images: int = Field(1000, ge=1, le=100_000, description="Images in one job.")

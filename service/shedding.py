@@ -13,7 +13,7 @@ from service.errors import Unavailable
 from service.problems import problem_response
 from service.runtime import Runtime
 
-_PATHS = frozenset({"/classify", "/similar", "/v1/moderations", "/adapters/pict-rs"})
+_PATHS = frozenset({"/classify", "/similar", "/explain", "/v1/moderations", "/adapters/pict-rs"})
 
 
 class Shedding:

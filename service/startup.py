@@ -19,7 +19,10 @@ from indexer.contents import POOLS
 from perception.certificates import FeatureBound, feature_bound
 from perception.errors import NonFiniteEmbedding
 from perception.policy_file import CalibratedPolicy
+from perception.verdict import DecisionPolicy
 from service.admission import Admission
+from service.audit_runs import AuditRuns
+from service.audits import Audits
 from service.batching import Batcher, Observer
 from service.bookkeeping import CandidateEncoder, job_runner, open_books
 from service.classifier import Classifier
@@ -27,6 +30,7 @@ from service.decoding import DecoderPool, DecoderSettings
 from service.defense import Defense, defense_of, defense_version, say_what_it_costs
 from service.engine import Query, ServingEncoder, Sighting
 from service.errors import SettingsError, TextUnsupported
+from service.explaining import Explainer
 from service.fetch import Fetcher, rules_of
 from service.keys import KeyRing, anonymous_scopes
 from service.probing import ProbingDetector
@@ -86,13 +90,19 @@ def load(settings: Settings, encoder: ServingEncoder | None = None) -> Loaded:
         encoder: used instead of the one that the settings name.
 
     Raises:
-        SettingsError: no such device, or the keys file or the seed of the defence is absent or damaged.
+        SettingsError: no such device, the keys file or the seed of the defence is absent or damaged, or images are to
+            be kept without a catalogue.
         UnknownEncoder, HubUnreachable, CheckpointError: the encoder cannot be loaded.
         NonFiniteEmbedding: it does not work.
         FingerprintMismatch: a published snapshot or the policy file was made by another encoder; names both.
         IndexerError: a published snapshot is damaged, or the catalogue cannot be opened.
         PolicyError: the policy file is absent or damaged.
     """
+    if settings.keep_images != "none" and settings.catalog_url is None:
+        raise SettingsError(
+            f"{variable('keep_images')} is {settings.keep_images!r}, of reviews and exemplars, which need a catalogue: "
+            f"{variable('catalog')} is 'off'"
+        )
     keys = KeyRing(settings.keys_file)
     rules_of(settings), RateLimits(settings.rate_limit)  # what is wrong with them is said before the encoder is loaded
     hooks = () if settings.webhooks_file is None else read_webhooks(settings.webhooks_file)
@@ -197,6 +207,19 @@ async def start(settings: Settings, parts: Loaded, metrics: Metrics, stack: Asyn
         )
     pace_s = max(served.seconds_per_image for served in parts.served) / len(parts.served)
     admission = Admission(settings.max_requests, settings.deadline_s, pace_s)
+    classifier = Classifier(
+        parts.published,
+        decoder,
+        batcher,
+        fetcher,
+        policy,
+        settings.deadline_s,
+        metrics,
+        admission.answered,
+        defend_similar=settings.ttc_similar,
+        bound=_bound(parts.served),
+    )
+    explainer = await stack.enter_async_context(_explainer(settings, parts, classifier, policy, admission))
     runtime = Runtime(
         settings=settings,
         model=_model(parts.encoder),
@@ -206,18 +229,9 @@ async def start(settings: Settings, parts: Loaded, metrics: Metrics, stack: Asyn
         rule=policy,
         books=books,
         jobs=None,
-        classifier=Classifier(
-            parts.published,
-            decoder,
-            batcher,
-            fetcher,
-            policy,
-            settings.deadline_s,
-            metrics,
-            admission.answered,
-            defend_similar=settings.ttc_similar,
-            bound=_bound(parts.served),
-        ),
+        audits=Audits(AuditRuns(settings.audits)),
+        classifier=classifier,
+        explainer=explainer,
         admission=admission,
         batcher=batcher,
         keys=parts.keys,
@@ -246,6 +260,15 @@ async def _start_replicas(
             observer=Observer(batch=metrics.batch, waited=lambda seconds: metrics.stage_seconds("queue", seconds)),
         )
     )
+
+
+def _explainer(
+    settings: Settings, parts: Loaded, classifier: Classifier, policy: DecisionPolicy, admission: Admission
+) -> Explainer:
+    """With the first replica's weights, and half of its threads, so that verdicts do not wait for explanations."""
+    first = parts.served[0]
+    threads = None if first.threads is None else max(1, first.threads // 2)
+    return Explainer(classifier, first.encoder, policy, admission, settings.deadline_s, threads)
 
 
 def _model(encoder: ServingEncoder) -> Model:

@@ -139,6 +139,10 @@ class Metrics:
         self._quarantined = Counter(
             "hardlook_quarantined_total", "Exemplars that were taken out for matching too much.", registry=registry
         )
+        self._kept_images = Counter(
+            "hardlook_kept_images_total", "Small pictures of images, by what became of them.", ["outcome"],
+            registry=registry,
+        )  # fmt: skip
         self._revision = Gauge(
             "hardlook_catalog_revision", "Number of the last change that is seen here.", registry=registry
         )
@@ -239,6 +243,10 @@ class Metrics:
     def quarantined(self) -> None:
         """Count an exemplar that the flood guard took out of searches."""
         self._quarantined.inc()
+
+    def kept_images(self, outcome: str, n: int) -> None:
+        """Count pictures by what became of them; outcomes are those of `service.image_keeping`."""
+        self._kept_images.labels(outcome).inc(n)
 
     def watch_catalog(self, revision: Callable[[], int], waiting: Mapping[str, Callable[[], int]]) -> None:
         """Show how far the catalogue is, and what waits for it, asked for at each scrape."""

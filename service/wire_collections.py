@@ -231,6 +231,7 @@ class ExemplarItem(Answer):
     disabled_until: str | None = Field(None, examples=[_TIME])
     suppresses: list[str] = Field(default_factory=list)
     min_similarity: float | None = None
+    image_kept: bool = Field(False, description="Whether `GET /images/{sha256}` has a picture of it.")
 
 
 class State(Answer):

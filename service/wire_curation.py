@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from service.wire import _REQUEST_ID, MAX_ID_CHARS, MAX_TEXT_CHARS, Answer, Request
+from service.wire import _REQUEST_ID, MAX_TEXT_CHARS, Answer, Request
 from service.wire_collections import Asked, ReasonQuery
 
 MAX_PROMPTS = 16
@@ -67,7 +67,8 @@ class ProbeBody(Request):
 class CuratedItem(Answer):
     """One exemplar that was looked at."""
 
-    id: str = Field(examples=["dog-0017"], max_length=MAX_ID_CHARS)
+    # Snapshots that were built offline may have longer ids than what people add may have.
+    id: str = Field(examples=["dog-0017"], max_length=MAX_TEXT_CHARS)
     label: str = Field(description="Of the exemplar; in the moderation pools the pool.", examples=["safe"])
     sha256: str = Field(description="Of the image file; empty where unknown.", examples=[""])
     source: str = Field(examples=["photos/dog-0017.jpg"])

@@ -127,6 +127,7 @@ class ReviewItem(Answer):
     decision: Choice | None
     exemplar_id: str | None = Field(description="That came of it.", examples=[_SHA256[:16]])
     seen: int = Field(description="How often the image came while the item was there.", examples=[1])
+    image_kept: bool = Field(False, description="Whether `GET /images/{image_sha256}` has a picture of it.")
 
 
 class ReviewAnswer(Answer):

@@ -1,10 +1,9 @@
 """Calibration: the decision thresholds that meet target error rates, from the records of an audit alone.
 
 Records hold the nearest exemplars of each pool for the clean and the attacked version of every image, so that any
-policy with as few voters can be tried on them through `DecisionPolicy.decide`, as it serves. What cannot be replayed is
-the attacker: the attacked images were made against the policy that was audited, and stop where they fooled that one.
-Rates on attacked images under any other policy are therefore lower bounds, until an audit with the calibrated policy
-(`policy_file` of the plan) has measured them.
+policy with as few voters can be tried on them (`perception.replay`). Rates on attacked images under any other policy
+than the audited one are lower bounds, until an audit with the calibrated policy (`policy_file` of the plan) has
+measured them.
 """
 
 import hashlib
@@ -13,13 +12,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from offline.audit.calibrate_flips import Answered, flip_bins
+from offline.audit.calibrate_flips import flip_bins
 from offline.audit.plan import AuditPlan, SystemPlan, plan_of_run
 from offline.audit.record import DECIMALS, AuditRecord, Setting, read_records
 from offline.errors import PlanError, RunError
 from offline.runs import read_events
 from perception.errors import PolicyError
-from perception.policy_file import CalibratedPolicy, Measured, Rate, Rates, Targets
+from perception.policy_file import CalibratedPolicy, Measured, Rate, Targets
+from perception.replay import Answered, Audited, measure
+from perception.replay import replay as replayed
 from perception.verdict import DecisionPolicy, VerdictLabel
 
 _LARGEST_MARGIN = 2.0
@@ -114,29 +115,7 @@ def calibrate(
 
 def replay(records: Sequence[AuditRecord], policy: DecisionPolicy) -> list[Answered]:
     """What a policy would have answered; it must not need more neighbours than were recorded."""
-    return [
-        Answered(VerdictLabel(r.label), policy.decide(r.clean.neighbors), policy.decide(r.attacked.neighbors))
-        for r in records
-    ]
-
-
-def measure(answered: Sequence[Answered]) -> Measured:
-    """The rates of a policy; there must be images of both labels."""
-
-    def rates(answers: Sequence[tuple[VerdictLabel, VerdictLabel]]) -> Rates:
-        of = {label: [answer for right, answer in answers if right is label] for label in VerdictLabel}
-        unsafe, safe = of[VerdictLabel.UNSAFE], of[VerdictLabel.SAFE]
-        return Rates(
-            false_negative=Rate(unsafe.count(VerdictLabel.SAFE), len(unsafe)),
-            false_positive=Rate(safe.count(VerdictLabel.UNSAFE), len(safe)),
-            review_unsafe=Rate(unsafe.count(VerdictLabel.REVIEW), len(unsafe)),
-            review_safe=Rate(safe.count(VerdictLabel.REVIEW), len(safe)),
-        )
-
-    return Measured(
-        clean=rates([(a.label, a.clean.label) for a in answered]),
-        attacked=rates([(a.label, a.attacked.label) for a in answered]),
-    )
+    return replayed((Audited(VerdictLabel(r.label), r.clean.neighbors, r.attacked.neighbors) for r in records), policy)
 
 
 def describe(calibrated: CalibratedPolicy) -> str:

@@ -1,27 +1,13 @@
 """How often an audit's verdicts flipped, by their margin: what a service can say beside a verdict."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from offline.audit.record import DECIMALS, Setting
 from perception.policy_file import FlipBin
-from perception.verdict import Verdict, VerdictLabel
+from perception.replay import Answered
+from perception.verdict import VerdictLabel
 
 LEAST_IMAGES, MOST_BINS = 20, 10
-
-
-@dataclass(frozen=True)
-class Answered:
-    """What a policy says of one image.
-
-    Attributes:
-        label: what is right.
-        clean, attacked: verdicts on its two versions.
-    """
-
-    label: VerdictLabel
-    clean: Verdict
-    attacked: Verdict
 
 
 def flip_bins(setting: Setting, answered: Sequence[Answered]) -> list[FlipBin]:

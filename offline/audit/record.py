@@ -12,37 +12,24 @@ from typing import Any
 from offline.errors import RunError
 from offline.jsonlines import JsonLines
 from offline.threat import Norm, ThreatModel
+from perception.replay import RECORDED_DECIMALS, AttackSetting
 from perception.verdict import Neighbor
 
 RECORDS_NAME = "records.jsonl"
 CHECKS_NAME = "checks.jsonl"
 EXAMPLES_FOLDER = "examples"
-DECIMALS = 6
+DECIMALS = RECORDED_DECIMALS
 """Of recorded similarities, scores, objectives and distances."""
 
 
 @dataclass(frozen=True, order=True)
-class Setting:
-    """How an image was attacked: what is allowed, and how long the attacker searched.
-
-    Attributes:
-        norm, eps: of the threat model, at the encoder's input size.
-        steps: updates of a gradient attack.
-    """
-
-    norm: Norm
-    eps: float
-    steps: int
+class Setting(AttackSetting):
+    """How an image was attacked; `eps` is at the encoder's input size."""
 
     @property
     def threat(self) -> ThreatModel:
         """The threat model."""
         return ThreatModel(self.norm, self.eps)
-
-    def __str__(self) -> str:
-        levels = self.eps * 255
-        exact = self.norm == "linf" and abs(levels - round(levels)) < 1e-9
-        return f"{self.norm} {f'{round(levels)}/255' if exact else f'{self.eps:.4g}'}, {self.steps} steps"
 
 
 @dataclass(frozen=True)

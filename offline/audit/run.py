@@ -100,6 +100,8 @@ def run_audit(
         encoder = defended(system, encoder)
         _note_system(directory, system, encoder, task)
         yield from SystemAudit(plan, system, encoder, task, run, data).run()
+    if directory is not None and not read_events(run, "finished"):
+        directory.log(event="finished")
 
 
 def _open(plan: AuditPlan, system: SystemPlan, encoder: TowerEncoder, data: Path, folder: Path) -> tuple[Encoder, Task]:

@@ -11,6 +11,7 @@ from service.problems import MEDIA_TYPE
 from service.settings import Scope, Settings
 from service.wire import MAX_K, MAX_TEXT_CHARS, ClassifyBody, SimilarBody
 from service.wire_adapters import ModerationBody
+from service.wire_audits import ReplayBody
 from service.wire_collections import (
     AddBody,
     ChangeBody,
@@ -22,6 +23,7 @@ from service.wire_collections import (
     SuppressBody,
 )
 from service.wire_curation import ProbeBody
+from service.wire_explain import ExplainBody
 from service.wire_jobs import JobBody
 from service.wire_reviews import ClaimBody, DecideBody, FeedbackBody, StepBody
 
@@ -37,6 +39,8 @@ _FORM_PARAMETERS = {
     "pool": {"type": "string", "enum": ["safe", "buffer", "unsafe"]},
     "min_similarity": {"type": "number", "minimum": -1, "maximum": 1},
     "text": {**NOT_BLANK, "type": "string", "description": "Instead of images."},
+    "against": {"type": "string", "maxLength": MAX_TEXT_CHARS, "description": "Id of an exemplar to compare with."},
+    "attribute": {"type": "boolean", "description": "false: the decision alone, without attributions."},
 }
 
 
@@ -44,6 +48,7 @@ _FORM_PARAMETERS = {
 _SCOPES: dict[str, Scope | None] = {
     "/classify": "classify",
     "/similar": "similar",
+    "/explain": "review",
     "/pools": None,
     "/metrics": "metrics",
     "/v1/moderations": "classify",
@@ -61,6 +66,10 @@ _SCOPES: dict[str, Scope | None] = {
     "/collections/{name}/probes": "pools:write",
     "/collections/{name}/file": "pools:write",
     "/shadow": "pools:write",
+    "/images/{sha256}": "review",  # or pools:write
+    "/audits": "pools:write",
+    "/audits/{id}/report": "pools:write",
+    "/audits/{id}/replay": "pools:write",
     "/audit": "admin",
     "/audit/export": "admin",
     "/audit/verify": "admin",
@@ -92,6 +101,7 @@ _JSON_BODIES: tuple[type[BaseModel], ...] = (
     StepBody,
     DecideBody,
     FeedbackBody,
+    ReplayBody,
 )
 _SECURITY_SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "An API key: `Authorization: Bearer hlk_...`"},
@@ -191,7 +201,7 @@ def document(app: FastAPI, settings: Settings) -> None:
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
             models = schema["components"]["schemas"]
-            for body_type in (ClassifyBody, SimilarBody):
+            for body_type in (ClassifyBody, SimilarBody, ExplainBody):
                 body = body_type.model_json_schema(ref_template=_REF) | one_subject(body_type, "images")
                 if "text" in body["properties"]:
                     body["properties"]["text"] = NOT_BLANK | _without_null(body["properties"]["text"])

@@ -14,9 +14,12 @@ from indexer.catalog.ledger import Outcome
 from indexer.catalog.records import SUPPRESS, Disabled, embedding_sha256
 from indexer.catalog.situation import Edit
 from indexer.contents import POOLS, Exemplar
+from indexer.errors import IndexerError
 from perception.errors import FingerprintMismatch
 from service.api.documentation import CollectionName, ExemplarId, json_request_body
+from service.api.images import keeper_of, kept_among
 from service.api.items import EXPECTED, count_further
+from service.classifier import Embedded
 from service.errors import InvalidParameter, TooManyImages
 from service.intake import image_content, read_json
 from service.keys import Caller
@@ -46,10 +49,11 @@ _CHANGE = (400, 401, 403, 404, 408, 409, 413, 415, 422, 500, 503)
 
 @dataclass(frozen=True, eq=False)
 class _Encoded:
-    """An embedding (d,), and the hash of the file that it is from; empty where there was none."""
+    """An embedding (d,), and the hash of the file that it is from, empty where there was none; and that image."""
 
     embedding: Embedding
     sha256: str
+    of: Embedded | None = None
 
 
 @router.get(
@@ -64,7 +68,7 @@ async def exemplars(
     await caller_of(request, "pools:write", images=0)
     view = runtime_of(request).published.get(name)
     found = await asyncio.to_thread(view.page, query.after, query.limit, label=query.label, inactive=True)
-    items = [exemplar_item(exemplar, view.record(exemplar.id)) for exemplar in found]
+    items = await _with_images(request, [exemplar_item(exemplar, view.record(exemplar.id)) for exemplar in found])
     following = found[-1].id if len(found) == query.limit else None
     return ExemplarsAnswer(request_id=request_id_of(request), items=items, next=following, **state_fields(view))
 
@@ -78,7 +82,8 @@ async def exemplar(request: Request, name: CollectionName, id: ExemplarId) -> Ex
     """One exemplar or suppress item, disabled or not."""
     await caller_of(request, "pools:write", images=0)
     view = runtime_of(request).published.get(name)
-    return ExemplarAnswer(request_id=request_id_of(request), item=item_of(view, id), **state_fields(view))
+    [item] = await _with_images(request, [item_of(view, id)])
+    return ExemplarAnswer(request_id=request_id_of(request), item=item, **state_fields(view))
 
 
 @router.post(
@@ -110,7 +115,8 @@ async def add(request: Request, name: CollectionName) -> ChangedAnswer:
             reason=body.reason,
             request_id=request_id_of(request),
         )
-        answer = _changed(request, outcomes[-len(additions) :], [edit.exemplar.id for edit in additions])
+        _keep_images(request, name, [edit.exemplar.id for edit in additions], encoded)
+        answer = await _changed(request, outcomes[-len(additions) :], [edit.exemplar.id for edit in additions])
         if name != POOLS or not answer.changed:
             return answer
         caught = await retroactive_of(runtime, before, additions, actor_of(caller), request_id_of(request))
@@ -149,7 +155,8 @@ async def suppress(request: Request, name: CollectionName) -> ChangedAnswer:
         outcomes = await editor.apply(
             [edit], actor=actor_of(caller), reason=body.reason, request_id=request_id_of(request)
         )
-        return _changed(request, outcomes, [id])
+        _keep_images(request, name, [id], [found])
+        return await _changed(request, outcomes, [id])
 
 
 @router.patch(
@@ -180,7 +187,7 @@ async def change(request: Request, name: CollectionName, id: ExemplarId) -> Chan
         released = any(outcome.entry is not None and outcome.entry.kind == "exemplar.release" for outcome in outcomes)
         if released:
             runtime.excuse(id)
-        return _changed(request, outcomes, [id])
+        return await _changed(request, outcomes, [id])
 
 
 @router.delete(
@@ -191,13 +198,17 @@ async def change(request: Request, name: CollectionName, id: ExemplarId) -> Chan
 async def delete(
     request: Request, name: CollectionName, id: ExemplarId, query: Annotated[ReasonQuery, Query()]
 ) -> ChangedAnswer:
-    """Remove one exemplar; versions from before still have it."""
+    """Remove one exemplar; versions from before still have it. Its picture is forgotten where one is kept."""
     caller = await caller_of(request, "pools:write", images=0)
     runtime = runtime_of(request)
+    sha256 = _sha256_of(runtime, name, id)
     outcomes = await runtime.require_editor().apply(
         [Delete(name, id)], actor=actor_of(caller), reason=query.reason, request_id=request_id_of(request)
     )
-    return _changed(request, outcomes, [])
+    keeper = keeper_of(request)
+    if keeper is not None:
+        await keeper.removed(sha256)
+    return await _changed(request, outcomes, [])
 
 
 async def _encode_all(
@@ -219,7 +230,7 @@ async def _encode_all(
             if isinstance(source, Exception):
                 raise source
             found = await runtime.classifier.embed(source, item.frame, until_s)
-            return _Encoded(found.embedding, found.sha256.hex())
+            return _Encoded(found.embedding, found.sha256.hex(), found)
 
     with runtime.admission.work_on(max(1, images)):
         outcomes = await asyncio.gather(*(encoded(item) for item in items), return_exceptions=True)
@@ -262,7 +273,30 @@ def _creation(runtime: Runtime, name: str) -> list[Edit]:
     return [] if there else [Create(name, replace(runtime.published.encoder))]
 
 
-def _changed(request: Request, outcomes: Sequence[Outcome], ids: Sequence[str]) -> ChangedAnswer:
+def _keep_images(request: Request, name: str, ids: Sequence[str], encoded: Sequence[_Encoded]) -> None:
+    """Have pictures kept of what was added as images, where the operator wishes so."""
+    keeper = keeper_of(request)
+    for id, each in zip(ids, encoded, strict=True):
+        if keeper is not None and each.of is not None:
+            still = each.of.image.frames_in_file == 1
+            keeper.added(name, id, each.sha256, each.of.file, each.of.frame, still=still)
+
+
+def _sha256_of(runtime: Runtime, name: str, id: str) -> str:
+    """Of the image file of an exemplar; empty where it is unknown."""
+    try:
+        return runtime.published.get(name).exemplar(id).sha256
+    except IndexerError:
+        return ""
+
+
+async def _with_images(request: Request, items: list[ExemplarItem]) -> list[ExemplarItem]:
+    """The same items, which say of which there are pictures."""
+    kept = await kept_among(request, (item.sha256 for item in items))
+    return [item.model_copy(update={"image_kept": True}) if item.sha256 in kept else item for item in items]
+
+
+async def _changed(request: Request, outcomes: Sequence[Outcome], ids: Sequence[str]) -> ChangedAnswer:
     state = outcomes[-1].state
     view = runtime_of(request).published.get(state.collection)
     items: list[ExemplarItem] = []
@@ -272,6 +306,6 @@ def _changed(request: Request, outcomes: Sequence[Outcome], ids: Sequence[str]) 
     return ChangedAnswer(
         request_id=request_id_of(request),
         changed=any(outcome.entry is not None for outcome in outcomes),
-        items=items,
+        items=await _with_images(request, items),
         **state_fields(state),
     )

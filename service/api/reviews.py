@@ -20,6 +20,7 @@ from indexer.contents import POOLS, Exemplar
 from indexer.errors import EditRefused, UnknownExemplar
 from perception.verdict import VerdictLabel
 from service.api.documentation import json_request_body
+from service.api.images import keeper_of, kept_among
 from service.errors import InvalidParameter, Overloaded, UnknownDecision
 from service.intake import read_json
 from service.keys import Caller
@@ -60,7 +61,9 @@ async def reviews(request: Request, query: Annotated[ReviewsQuery, Query()]) -> 
         return queue.list_items(connection, limit=query.limit + 1, **asked), queue.counts(connection)  # type: ignore[arg-type]
 
     found, counts = await runtime_of(request).require_editor().read(read)
-    shown = [_shown(item) for item in found[: query.limit]]
+    page = found[: query.limit]
+    kept = await kept_among(request, (item.image_sha256 for item in page))
+    shown = [_shown(item, item.image_sha256 in kept) for item in page]
     following = shown[-1].id if len(found) > query.limit else None
     return ReviewsAnswer(request_id=request_id_of(request), counts=counts, reviews=shown, next=following)
 
@@ -69,7 +72,7 @@ async def reviews(request: Request, query: Annotated[ReviewsQuery, Query()]) -> 
 async def review(request: Request, id: ReviewId) -> ReviewAnswer:
     """One item with the evidence that its verdict was made from."""
     await caller_of(request, "review", images=0)
-    return _answer(request, await runtime_of(request).require_editor().read(partial(queue.get, id=id)))
+    return await _answer(request, await runtime_of(request).require_editor().read(partial(queue.get, id=id)))
 
 
 @router.post(
@@ -147,6 +150,9 @@ async def decide(request: Request, id: ReviewId) -> DecidedAnswer:
     decided, outcomes = await _apply(request, caller, edits_and_note, body.reason, step, event)
     if item.origin == "flood" and exemplar_id is not None:
         runtime.excuse(exemplar_id)
+    keeper = keeper_of(request)
+    if keeper is not None:
+        await keeper.decided(item.collection, exemplar_id, item.image_sha256)
     added = [edit for edit in edits if isinstance(edit, Add)]
     caught = None
     if added and item.collection == POOLS:
@@ -154,7 +160,7 @@ async def decide(request: Request, id: ReviewId) -> DecidedAnswer:
     state = outcomes[-1].state
     return DecidedAnswer(
         request_id=request_id_of(request),
-        review=_shown(decided),
+        review=(await _answer(request, decided)).review,
         collection=state.collection,
         version=state.version,
         revision=state.revision,
@@ -242,7 +248,7 @@ async def _step(
     """Let an item take a step, and log it."""
     present = await runtime_of(request).require_editor().read(partial(queue.get, id=id))
     item, _ = await _apply(request, caller, [Note(present.collection, kind, id)], reason, step)
-    return _answer(request, item)
+    return await _answer(request, item)
 
 
 async def _optional(request: Request, body_type: type[BodyT]) -> BodyT:
@@ -298,11 +304,12 @@ async def _reported(runtime: Runtime, body: FeedbackBody) -> Found:
     return found[0]
 
 
-def _answer(request: Request, item: Item) -> ReviewAnswer:
-    return ReviewAnswer(request_id=request_id_of(request), review=_shown(item))
+async def _answer(request: Request, item: Item) -> ReviewAnswer:
+    kept = await kept_among(request, [item.image_sha256])
+    return ReviewAnswer(request_id=request_id_of(request), review=_shown(item, bool(kept)))
 
 
-def _shown(item: Item) -> ReviewItem:
+def _shown(item: Item, image_kept: bool) -> ReviewItem:
     return ReviewItem(
         id=item.id,
         time=text_of(item.time),
@@ -322,4 +329,5 @@ def _shown(item: Item) -> ReviewItem:
         decision=item.decision,
         exemplar_id=item.exemplar_id,
         seen=item.seen,
+        image_kept=image_kept,
     )

@@ -6,10 +6,11 @@ from typing import TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 
-from service.client.calls import Call, Saved
+from service.client.calls import Call, Content, Saved
 from service.client.errors import AnswerNotUnderstood, problem_error
 from service.client.retries import retry_after_s
 from service.wire import ClassifyAnswer, Problem, SimilarAnswer
+from service.wire_explain import ExplainAnswer
 
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -46,6 +47,8 @@ def read_reply(call: Call[AnswerT], reply: Reply) -> AnswerT:
     if reply.status == call.status:
         if reply.saved is not None:
             return cast(AnswerT, reply.saved)
+        if call.answer is Content:
+            return cast(AnswerT, Content(content=_whole(reply, call.media_type)))
         return _named(call, _parsed(reply, call.media_type, call.answer))
     if reply.status >= 400:
         problem = _parsed(reply, PROBLEM, Problem)
@@ -60,7 +63,8 @@ def reply_retry_after_s(reply: Reply) -> float | None:
     return retry_after_s(reply.headers.get("retry-after"), reply.received_s)
 
 
-def _parsed(reply: Reply, media_type: str, model: type[ModelT]) -> ModelT:
+def _whole(reply: Reply, media_type: str) -> bytes:
+    """The body, where it is all there and is what was asked for."""
     encoding = reply.headers.get("content-encoding", "identity")
     if encoding != "identity":
         raise AnswerNotUnderstood(reply.status, f"it is encoded as {_shown(encoding)}, which was not asked for")
@@ -69,8 +73,13 @@ def _parsed(reply: Reply, media_type: str, model: type[ModelT]) -> ModelT:
         raise AnswerNotUnderstood(reply.status, f"it has content type {_shown(found)} in place of {media_type}")
     if reply.body is None:
         raise AnswerNotUnderstood(reply.status, "it is too large")
+    return reply.body
+
+
+def _parsed(reply: Reply, media_type: str, model: type[ModelT]) -> ModelT:
+    body = _whole(reply, media_type)
     try:
-        return model.model_validate_json(reply.body)
+        return model.model_validate_json(body)
     except ValidationError as error:  # its message would quote the answer
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"]) or "the whole"
@@ -84,6 +93,9 @@ def _named(call: Call[AnswerT], answer: AnswerT) -> AnswerT:
     Raises:
         AnswerNotUnderstood: not one result for each image, in order: a verdict could be taken for another image's.
     """
+    if call.ids is not None and isinstance(answer, ExplainAnswer):
+        [id] = call.ids
+        return cast(AnswerT, answer.model_copy(update={"result": answer.result.model_copy(update={"id": id})}))
     if call.ids is None or not isinstance(answer, ClassifyAnswer | SimilarAnswer):
         return answer
     found = [result.id for result in answer.results]

@@ -22,6 +22,7 @@ from service.wire import (
     SimilarBody,
     SimilarParameters,
 )
+from service.wire_explain import ExplainAnswer, ExplainParameters
 
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
 RAW, JSON = "application/octet-stream", "application/json"
@@ -40,7 +41,7 @@ class Call(Generic[AnswerT]):
         files: of a multipart body, by position.
         ids: what the results are called, in order; None where the answer has no results.
         status: of a right answer.
-        media_type: of a right answer.
+        media_type: of a right answer; where it is not JSON and not written to a file, `answer` is `Content`.
         to: where a right answer is written, with `answer` `Saved`; None where it is JSON.
         repeatable: whether doing it twice comes to the same as doing it once. Otherwise it is not sent again where an
             attempt without an answer may have been heard.
@@ -65,6 +66,12 @@ class Saved(BaseModel):
 
     path: Path
     size_bytes: int
+
+
+class Content(BaseModel):
+    """What the service sent that is no JSON, in memory; of a call with another media type than that."""
+
+    content: bytes
 
 
 def path_of(*segments: str) -> str:
@@ -150,6 +157,16 @@ def similar_call(
         return _with_images("/similar", SimilarAnswer, images, params)
     body = SimilarBody(text=text).model_dump_json(exclude_none=True).encode()
     return Call("POST", "/similar", SimilarAnswer, params, content=body, content_type=JSON, ids=("0",))
+
+
+def explain_call(image: LoadedImage, against: Sequence[str], *, attribute: bool, k: int | None) -> Call[ExplainAnswer]:
+    """POST /explain.
+
+    Raises:
+        ValueError: a parameter is out of range.
+    """
+    asked = ExplainParameters(against=list(against) or None, attribute=None if attribute else False, k=k)
+    return _with_images("/explain", ExplainAnswer, [image], asked.model_dump(exclude_none=True, mode="json"))
 
 
 def pools_call() -> Call[PoolsAnswer]:

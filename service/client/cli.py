@@ -13,7 +13,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from service.client.bulk import BrokenOff
 from service.client.clients import AsyncHardlookClient, Pool
-from service.client.commands import audit, collections, exemplars, jobs, reviews, versions
+from service.client.commands import audit, collections, exemplars, explain, jobs, reviews, versions
 from service.client.commands.options import (
     ALL_ANSWERED,
     HERE,
@@ -66,7 +66,7 @@ def _app() -> App:
     app.command(_similar, name="similar")
     app.command(_pools, name="pools")
     app.command(_ready, name="ready")
-    for area in (exemplars, collections, versions, reviews, jobs, audit):
+    for area in (explain, exemplars, collections, versions, reviews, jobs, audit):
         area.mount(app)
     return app
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, SecretStr
 
 from service.client.answers import Reply
 from service.client.audit import Audit
+from service.client.audit_runs import AuditRuns
 from service.client.calls import Call, classify_call, pools_call, ready_call, similar_call
 from service.client.carriers import AwaitingCarrier, BlockingCarrier
 from service.client.collections import Collections
@@ -18,8 +19,10 @@ from service.client.connection import Connection, failure, receiving, request_ar
 from service.client.curation import Curation
 from service.client.errors import AnswerNotUnderstood, ConnectionFailed, HardlookError, Unavailable
 from service.client.exchange import MAX_ATTEMPTS, Failure, RetryRules, Send, exchange
+from service.client.explaining import Explaining
 from service.client.images import Images, load_images
 from service.client.jobs import Jobs
+from service.client.kept_images import KeptImages
 from service.client.parts import Awaiting, Blocking
 from service.client.reviews import Reviews, feedback_call
 from service.client.versions import Shadow, Versions
@@ -98,8 +101,8 @@ class HardlookClient(_Client[httpx.BaseTransport]):
         with HardlookClient("http://127.0.0.1:8000") as client:
             verdict = client.classify(Path("photo.jpg")).results[0].verdict
 
-    Its parts `collections`, `versions`, `shadow`, `curation`, `reviews`, `jobs` and `audit` are described in their
-    modules. What they list is iterated over, and asked for as it is needed.
+    Its parts `collections`, `versions`, `shadow`, `curation`, `reviews`, `images`, `jobs`, `audit` and `audits` are
+    described in their modules. What they list is iterated over, and asked for as it is needed.
 
     The timeout is checked whenever a piece of an answer arrives, so that a server that trickles the head of its answer
     can exceed it; the asynchronous client has no such exception.
@@ -112,9 +115,12 @@ class HardlookClient(_Client[httpx.BaseTransport]):
         self.versions: Versions[Blocking] = Versions(carrier)
         self.shadow: Shadow[Blocking] = Shadow(carrier)
         self.reviews: Reviews[Blocking] = Reviews(carrier)
+        self.images: KeptImages[Blocking] = KeptImages(carrier)
         self.jobs: Jobs[Blocking] = Jobs(carrier)
         self.audit: Audit[Blocking] = Audit(carrier)
+        self.audits: AuditRuns[Blocking] = AuditRuns(carrier)
         self.curation: Curation[Blocking] = Curation(carrier)
+        self.explain = Explaining[Blocking](carrier).explain
 
     def __enter__(self) -> Self:
         return self
@@ -269,9 +275,12 @@ class AsyncHardlookClient(_Client[httpx.AsyncBaseTransport]):
         self.versions: Versions[Awaiting] = Versions(carrier)
         self.shadow: Shadow[Awaiting] = Shadow(carrier)
         self.reviews: Reviews[Awaiting] = Reviews(carrier)
+        self.images: KeptImages[Awaiting] = KeptImages(carrier)
         self.jobs: Jobs[Awaiting] = Jobs(carrier)
         self.audit: Audit[Awaiting] = Audit(carrier)
+        self.audits: AuditRuns[Awaiting] = AuditRuns(carrier)
         self.curation: Curation[Awaiting] = Curation(carrier)
+        self.explain = Explaining[Awaiting](carrier).explain
 
     async def __aenter__(self) -> Self:
         return self

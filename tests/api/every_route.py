@@ -25,6 +25,7 @@ ROUTES: list[Route] = [
 GUARDED: Mapping[str, str | None] = {
     "/classify": "classify",
     "/similar": "similar",
+    "/explain": "review",
     "/pools": None,
     "/metrics": "metrics",
     "/v1/moderations": "classify",
@@ -45,6 +46,10 @@ GUARDED: Mapping[str, str | None] = {
     "/audit": "admin",
     "/audit/export": "admin",
     "/audit/verify": "admin",
+    "/images/{sha256}": "review",
+    "/audits": "pools:write",
+    "/audits/{id}/report": "pools:write",
+    "/audits/{id}/replay": "pools:write",
     "/reviews": "review",
     "/reviews/{id}": "review",
     "/reviews/{id}/claim": "review",
@@ -56,11 +61,14 @@ GUARDED: Mapping[str, str | None] = {
     "/jobs/{id}": "classify",
     "/jobs/{id}/results": "classify",
 }
+# Scopes that do as well as the one above.
+ALSO: Mapping[str, set[str]] = {"/images/{sha256}": {"pools:write"}}
 PROBES = {"/livez", "/healthz", "/startupz", "/readyz"}
 # Routes whose requests count against the caller's rate limit.
 LIMITED: set[Route] = {
     ("POST", "/classify"),
     ("POST", "/similar"),
+    ("POST", "/explain"),
     ("GET", "/pools"),
     ("POST", "/v1/moderations"),
     ("POST", "/adapters/pict-rs"),
@@ -108,16 +116,12 @@ def samples(
         seen: sha256 of an image that was just found safe.
         pool_file: of the pools.
     """
-    image = {"content": PNG, "headers": {"content-type": "image/png"}}
     pools, item, one = "/collections/pools", f"/reviews/{review}", f"/jobs/{job}"
-    part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG64}"}}
     new = {"id": "new", "label": "unsafe", "data": PNG64}
     suppress = {"id": "taken-away", "suppresses": ["safe-0"], "data": PNG64}
     return {
-        ("POST", "/classify"): Sample("/classify", image),
-        ("POST", "/similar"): Sample("/similar", image),
-        ("POST", "/v1/moderations"): Sample("/v1/moderations", {"json": {"input": [part]}}),
-        ("POST", "/adapters/pict-rs"): Sample("/adapters/pict-rs?review=accept", image),
+        **_always_the_same(),
+        ("GET", "/images/{sha256}"): Sample(f"/images/{seen}", status=404),  # none is kept
         ("POST", "/collections"): Sample("/collections", {"json": {"name": "landmarks"}}),
         ("GET", "/collections/{name}/exemplars"): Sample(f"{pools}/exemplars"),
         ("POST", "/collections/{name}/exemplars"): Sample(f"{pools}/exemplars", {"json": {"items": [new]}}),
@@ -151,6 +155,22 @@ def samples(
             for method, path in ROUTES
             if "{" not in path and (method in ("GET", "DELETE") or path == "/audit/verify")
         },
+    }
+
+
+def _always_the_same() -> dict[Route, Sample]:
+    """Those that need nothing to be there."""
+    image = {"content": PNG, "headers": {"content-type": "image/png"}}
+    part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG64}"}}
+    return {
+        ("POST", "/classify"): Sample("/classify", image),
+        ("POST", "/similar"): Sample("/similar", image),
+        ("POST", "/explain"): Sample("/explain", image),
+        # No audits are there: what the routes say of one is in test_audit_runs.
+        ("GET", "/audits/{id}/report"): Sample("/audits/demo/report", status=404),
+        ("POST", "/audits/{id}/replay"): Sample("/audits/demo/replay", {"json": {"system": "demo"}}, 404),
+        ("POST", "/v1/moderations"): Sample("/v1/moderations", {"json": {"input": [part]}}),
+        ("POST", "/adapters/pict-rs"): Sample("/adapters/pict-rs?review=accept", image),
     }
 
 

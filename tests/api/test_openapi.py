@@ -34,6 +34,8 @@ MEDIA = {
     ("get", "/metrics"): "text/plain",
     ("get", "/audit/export"): "application/x-ndjson",
     ("get", "/collections/{name}/file"): "application/octet-stream",
+    ("get", "/images/{sha256}"): "image/jpeg",
+    ("get", "/audits/{id}/report"): "text/html",
 }
 
 

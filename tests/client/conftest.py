@@ -23,6 +23,7 @@ from service.settings import Scope
 from service.startup import load
 from service.testing import publish, toy_pools, toy_settings
 from service.wire import ClassifyAnswer, PoolsAnswer, SimilarAnswer
+from service.wire_explain import ExplainAnswer
 from service.wire_reviews import FeedbackAnswer
 
 
@@ -162,7 +163,7 @@ class Blocking:
     def __init__(self, *arguments: Any, **named: Any) -> None:
         self._runner = asyncio.Runner()
         self._client = AsyncHardlookClient(*arguments, **named)
-        for name in ("collections", "versions", "shadow", "reviews", "jobs", "audit", "curation"):
+        for name in ("collections", "versions", "shadow", "reviews", "images", "jobs", "audit", "curation"):
             setattr(self, name, BlockingPart(self._runner, getattr(self._client, name)))
 
     if TYPE_CHECKING:
@@ -180,6 +181,9 @@ class Blocking:
 
     def similar(self, *arguments: Any, **named: Any) -> SimilarAnswer:
         return self._runner.run(self._client.similar(*arguments, **named))
+
+    def explain(self, *arguments: Any, **named: Any) -> ExplainAnswer:
+        return self._runner.run(self._client.explain(*arguments, **named))
 
     def pools(self) -> PoolsAnswer:
         return self._runner.run(self._client.pools())

@@ -41,6 +41,7 @@ def all_metrics() -> Metrics:
     metrics.shadowed("version 4b1f0c9d2e8a7356", "safe->unsafe")
     metrics.webhook("receiver", "delivered")
     metrics.quarantined()
+    metrics.kept_images("kept", 1)
     metrics.watch_catalog(lambda: 1, {"changes": lambda: 0})
     metrics.build_info("1", "m", "f", "fp32", "p")
     return metrics

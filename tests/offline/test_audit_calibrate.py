@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offline.audit.calibrate import calibrate, describe, measure, replay, with_margins
+from offline.audit.calibrate import calibrate, describe, replay, with_margins
 from offline.audit.calibrate_flips import LEAST_IMAGES
 from offline.audit.record import AuditRecord, Setting
 from offline.errors import OfflineError, PlanError, RunError
 from perception.policy_file import CalibratedPolicy, Measured, Targets
+from perception.replay import measure
 from perception.verdict import DecisionPolicy, VerdictLabel
 from tests.offline.calibration_runs import GALLERY, STRONG, WEAK, random_records, record, write_run
 

@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offline.audit.calibrate_flips import LEAST_IMAGES, Answered, flip_bins
+from offline.audit.calibrate_flips import LEAST_IMAGES, flip_bins
+from perception.replay import Answered
 from perception.verdict import Verdict, VerdictLabel
 from tests.offline.calibration_runs import STRONG
 

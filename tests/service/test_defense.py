@@ -185,7 +185,7 @@ def test_what_cannot_be_done_is_refused_at_the_start(pools: Path, tmp_path: Path
         load(ttc(pools, ttc_seed_file=tmp_path / "absent"), ToyEncoder())
     short = tmp_path / "short"
     short.write_text("hunter2\n")
-    with pytest.raises(SettingsError, match="holds 7 bytes, a seed that cannot be guessed has at least 16"):
+    with pytest.raises(SettingsError, match="holds 7 bytes, a secret that cannot be guessed has at least 16"):
         load(ttc(pools, ttc_seed_file=short), ToyEncoder())
 
 

@@ -3,6 +3,7 @@
 import base64
 import hmac
 import logging
+import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -351,3 +352,38 @@ def test_other_addresses_need_keys_or_a_word(host: str) -> None:
     assert "HARDLOOK_ANONYMOUS_SCOPES" in reason
     assert exposed_without_keys(Settings(host=host, keys_file=Path("k"))) is None
     assert exposed_without_keys(Settings(host=host, anonymous_scopes=())) is None
+
+
+def test_who_has_shown_a_key_before_is_found_by_its_id(path: Path) -> None:
+    key = make(path, "a", ("classify",))
+    expired = make(path, "b", ("classify",), expires_at="2020-01-01T00:00:00Z")
+    ring = KeyRing.load(path)
+    assert ring.caller_of(key.split("_")[1]) == ring.authenticate(key)
+    assert ring.caller_of(expired.split("_")[1]) is None
+    assert ring.caller_of("0" * 12) is None
+
+
+def test_a_slow_look_does_not_bring_old_keys_back(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(path, "a")
+    ring = KeyRing.load(path)
+    make(path, "b")
+    has_read, may_go_on = threading.Event(), threading.Event()
+
+    def slowly(file: Path) -> Any:
+        found = read_key_file(file)
+        if not has_read.is_set():  # the first look
+            has_read.set()
+            may_go_on.wait(10)
+        return found
+
+    monkeypatch.setattr("service.keys.read_key_file", slowly)
+    looks = [threading.Thread(target=ring.reload_if_changed) for _ in range(2)]
+    looks[0].start()
+    assert has_read.wait(10)
+    newest = make(path, "c")
+    looks[1].start()
+    looks[1].join(0.2)  # without the lock it is through by now
+    may_go_on.set()
+    for look in looks:
+        look.join()
+    assert ring.authenticate(newest).name == "c"
