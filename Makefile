@@ -44,7 +44,7 @@ check: setup ## Format, lint, types, import directions, container files
 	$(BIN)/pytest -q tests/docker
 	@echo "check: format, lint, types, import directions and container files are in order"
 
-test: setup ## Run the test suite (all but gpu, load, browser, network)
+test: setup ## Run the test suite (all but gpu, load, network; what drives a browser, where there is Chromium)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 	@echo "test: all tests passed"
 

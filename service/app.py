@@ -20,10 +20,13 @@ from perception.errors import PerceptionError
 from service.api import (
     adapters,
     audit,
+    audit_runs,
     classify,
     curation,
     exemplars,
+    explain,
     health,
+    images,
     jobs,
     metrics,
     pools,
@@ -33,6 +36,7 @@ from service.api import (
 )
 from service.api.documentation import document
 from service.bookkeeping import keep_compact
+from service.console.routes import add_console
 from service.editing import Editor, adopt_with
 from service.errors import ServiceError
 from service.intake import invalid_parameter
@@ -50,7 +54,8 @@ from service.tracing import flush_tracing, telemetry_config
 
 T = TypeVar("T")
 _ROUTES = (
-    classify, similar, pools, exemplars, versions, curation, reviews, jobs, audit, adapters, metrics, health
+    classify, similar, explain, pools, exemplars, versions, curation, reviews, images, jobs, audit, audit_runs,
+    adapters, metrics, health,
 )  # fmt: skip
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _log = logging.getLogger("hardlook.app")
@@ -87,6 +92,7 @@ def create_app(
     counters.watch_state(lambda: state_of(app))
     for routes in _ROUTES:
         app.include_router(routes.router)
+    add_console(app, settings)
     app.add_middleware(Shedding)
     app.add_middleware(RequestLog, metrics=counters)
     for error_type in (PerceptionError, IndexerError, ServiceError):

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +62,14 @@ class Server:
 
 @contextmanager
 def running(
-    pools: Path, log_folder: Path, batch_s: float = 0.0, load_s: float = 0.0, *, wait: bool = True, **settings: Any
+    pools: Path,
+    log_folder: Path,
+    batch_s: float = 0.0,
+    load_s: float = 0.0,
+    *,
+    wait: bool = True,
+    command: Sequence[str] | None = None,
+    **settings: Any,
 ) -> Iterator[Server]:
     """hardlook-serve over ToyEncoder, in a process of its own, killed at the end.
 
@@ -72,16 +79,19 @@ def running(
         batch_s: that every batch takes.
         load_s: that loading takes.
         wait: until it has started.
+        command: what to run in its place, as arguments of Python.
         settings: besides those of a test.
     """
     environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("HARDLOOK_")}
     environment |= {"HARDLOOK_POOLS": str(pools), "HARDLOOK_PORT": "0", "HARDLOOK_POOLS_RELOAD_S": "0.1"}
     environment |= {f"HARDLOOK_{name.upper()}": str(value) for name, value in settings.items()}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.journeys.toy_server", str(batch_s), str(load_s)]
+    toy = ("-m", "tests.journeys.toy_server", str(batch_s), str(load_s))
     log = log_folder / "server.log"
     with log.open("w") as sink:
-        process = subprocess.Popen(command, stderr=sink, env=environment, text=True, cwd=log_folder)
+        process = subprocess.Popen(
+            [sys.executable, *(command or toy)], stderr=sink, env=environment, text=True, cwd=log_folder
+        )
     client = httpx.Client(timeout=60, trust_env=False)
     try:
         client.base_url = httpx.URL(_address(process, log))
