@@ -33,6 +33,7 @@ demo: setup ## Build pools from public photographs, serve them, ask the service,
 serve: setup ## Run the service in the foreground: bundled encoder and demo pools, or what HARDLOOK_* say
 	@test -n "$(HARDLOOK_POOLS)" || $(BIN)/hardlook-demo --prepare .demo/pools
 	@echo "serve: encoder $${HARDLOOK_ENCODER:-bundled/fare4}, pools $${HARDLOOK_POOLS:-.demo/pools}"
+	@echo "serve: the console is at http://$${HARDLOOK_HOST:-127.0.0.1}:$${HARDLOOK_PORT:-8000}/console"
 	HARDLOOK_ENCODER=$${HARDLOOK_ENCODER:-bundled/fare4} HARDLOOK_POOLS=$${HARDLOOK_POOLS:-.demo/pools} $(BIN)/hardlook-serve
 	@echo "serve: the service has stopped"
 

@@ -104,8 +104,8 @@ def test_diff_says_what_is_different(serve: Serve) -> None:
 
 def test_a_dry_run_says_how_a_version_would_have_judged(serve: Serve, tmp_path: Path) -> None:
     client = serve()
-    good = classify(client, IMAGES[0])["snapshot"]["version"]
-    added(client, exemplar("x", "unsafe", IMAGES[0]))
+    good = classify(client, IMAGES[5])["snapshot"]["version"]
+    added(client, exemplar("x", "safe", IMAGES[5]))
     for data in IMAGES:
         classify(client, data)
     client.patch(f"{EXEMPLARS}/safe-2", json={"note": "waits for the verdicts to be recorded"})
@@ -115,8 +115,8 @@ def test_a_dry_run_says_how_a_version_would_have_judged(serve: Serve, tmp_path: 
         if found["compared"] == len(IMAGES) + 1:
             break
         assert time.monotonic() < deadline_s, found
-    assert found["changed"] >= 2  # IMAGES[0] was seen twice; x alone makes it unsafe
-    assert found["confusion"]["unsafe"]["safe"] == found["changed"]
+    assert found["changed"] >= 2  # IMAGES[5] was seen twice; x alone makes it safe
+    assert found["confusion"]["safe"]["unsafe"] == found["changed"]
     assert found["interval95"][0] < found["rate"] < found["interval95"][1]
     same = client.post("/collections/pools/dry-run", json={"version": classify_version(client)}).json()
     assert (same["changed"], same["rate"]) == (0, 0.0)
@@ -134,17 +134,17 @@ def classify_version(client: TestClient) -> str:
 def test_a_version_sees_live_traffic_without_being_heard(serve: Serve) -> None:
     client = serve()
     good = classify_version(client)
-    added(client, exemplar("x", "unsafe", IMAGES[0]))
+    added(client, exemplar("x", "safe", IMAGES[5]))
     shadow = client.put("/shadow", json={"version": good, "reason": "is x right?"}).json()
     assert [item["candidate"] for item in shadow["candidates"]] == [f"version {good}"]
-    for data in (IMAGES[0], IMAGES[2]):
+    for data in (IMAGES[5], IMAGES[2]):
         classify(client, data)
     deadline_s = time.monotonic() + 30
     while (item := client.get("/shadow").json()["candidates"][0])["compared"] < 2:
         assert time.monotonic() < deadline_s
     assert (item["compared"], item["rate"]) == (2, 0.5)
     text = client.get("/metrics").text
-    assert f'hardlook_shadow_total{{candidate="version {good}",outcome="unsafe->safe"}} 1.0' in text
+    assert f'hardlook_shadow_total{{candidate="version {good}",outcome="safe->unsafe"}} 1.0' in text
     assert client.delete("/shadow").json()["candidates"] == []
     kinds = [entry["kind"] for entry in client.get("/audit", params={"collection": "pools"}).json()["entries"]]
     assert kinds[-2:] == ["shadow.start", "shadow.stop"]

@@ -8,7 +8,7 @@
   // --- dropping and pasting images ---------------------------------------------------------------------------------
 
   function imageOf(transfer) {
-    return [...(transfer?.files ?? [])].find((file) => file.type.startsWith("image/")) ?? null;
+    return [...(transfer?.files ?? [])].find((file) => file.type.startsWith("image/") || file.type === "") ?? null; // not every system knows HEIC or AVIF
   }
 
   function submitWith(form, file) {
